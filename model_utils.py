@@ -1,0 +1,495 @@
+"""The frozen model and the few numbers that are learned: everything `train.py` and `sample.py` share.
+
+From top to bottom: device and precision; loading CLIP, VAE and UNet; the noise schedule; the new word and the masked
+lookup that is the heart of textual inversion; sentences and pictures to tensors and back; embedding files.
+"""
+
+import io
+import json
+import math
+import os
+import re
+import sys
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import safetensors
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import nn
+
+DEFAULT_MODEL = str(Path(__file__).with_name("mini_sd"))
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}  # by width of a token's row
+MAX_VECTORS = 75  # CLIP reads 77 tokens, two of them mark start and end
+MAX_FILE_BYTES = 64 * 2**20  # an embedding is a few KB; whole checkpoints begin at hundreds of MB
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence that names the option and the remedy."""
+
+
+# --- Device and precision ---------------------------------------------------------------------------------------------
+
+
+def choose_device(name):
+    """'auto', 'cpu', 'cuda' or 'mps' -> torch.device. UserError if this machine has no such device."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(torch.device(name).type, False):
+        raise UserError(f"--device {name}: PyTorch finds no such device here; use --device auto or --device cpu.")
+    return torch.device(name)
+
+
+def choose_dtype(precision, device):
+    """'auto', 'no', 'fp32', 'fp16' or 'bf16' -> torch.dtype of the frozen weights (learned rows are always fp32)."""
+    if precision == "auto":
+        on_cuda = torch.device(device).type == "cuda"
+        precision = "fp32" if not on_cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    if precision == "fp16" and torch.device(device).type == "cpu":
+        raise UserError("--precision fp16 needs a graphics card; on the CPU use --precision bf16 or fp32.")
+    return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+# --- Loading the frozen model -----------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model, revision=None):
+    """CLIPTokenizer of a diffusers-layout folder or Hub id. UserError if it is missing or empty."""
+    tokenizer = _load_part(transformers.CLIPTokenizer, model, "tokenizer", revision=revision)
+    if len(tokenizer) < 4:  # transformers makes a tokenizer of three special tokens from an empty folder
+        raise UserError(f"--model {model}: the folder 'tokenizer' holds no vocabulary; download the model again.")
+    if tokenizer.model_max_length > 10_000:  # transformers' "unknown"
+        tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def load_text_encoder(model, device, dtype=torch.float32, revision=None, variant=None):
+    """Frozen CLIPTextModel. The dtype is always given: left to itself transformers takes the file's."""
+    options = {"dtype": dtype, "revision": revision, "variant": variant}
+    return _freeze(_load_part(transformers.CLIPTextModel, model, "text_encoder", **options), device)
+
+
+def load_vae(model, device, dtype=torch.float32, revision=None, variant=None):
+    """Frozen AutoencoderKL."""
+    options = {"torch_dtype": dtype, "revision": revision, "variant": variant, "low_cpu_mem_usage": False}
+    return _freeze(_load_part(diffusers.AutoencoderKL, model, "vae", **options), device)
+
+
+def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
+    """Frozen UNet2DConditionModel. UserError for SDXL, inpainting and other models that want more than latents."""
+    options = {"torch_dtype": dtype, "revision": revision, "variant": variant, "low_cpu_mem_usage": False}
+    unet = _load_part(diffusers.UNet2DConditionModel, model, "unet", **options)
+    if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type:
+        raise UserError(f"--model {model} is no plain text-to-image model; take a Stable Diffusion 1 or 2 checkpoint.")
+    return _freeze(unet, device)
+
+
+def _load_part(part_class, model, part, **options):
+    for library in (transformers, diffusers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # downloading gigabytes in silence would look like a hang
+    if Path(model).is_dir() and not Path(model, part).is_dir():
+        raise UserError(f"--model {model}: the folder '{part}' is missing; a model in diffusers layout is needed.")
+    _refuse_missing_folder("--model", model)
+    options["local_files_only"] = huggingface_hub.constants.HF_HUB_OFFLINE
+    if part_class is not transformers.CLIPTokenizer:
+        options["output_loading_info"] = True
+    try:
+        loaded = part_class.from_pretrained(str(model), subfolder=part, **options)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"--model {model}: the part '{part}' cannot be loaded ({reason})") from error
+    if not options.get("output_loading_info"):
+        return loaded
+    loaded, info = loaded
+    if info["missing_keys"]:  # from_pretrained would go on with random numbers
+        raise UserError(f"--model {model}: the part '{part}' lacks weights, {sorted(info['missing_keys'])[0]} first.")
+    return loaded
+
+
+def _refuse_missing_folder(option, name):
+    if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        raise UserError(f"{option} {name}: there is no such file or folder, and it is no Hub id such as 'owner/name'.")
+
+
+def _freeze(module, device):
+    return module.requires_grad_(False).eval().to(device)
+
+
+# --- The noise schedule -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class NoiseSchedule:
+    """How much noise there is at each timestep, kept in fp32 whatever the model's precision is.
+
+    alphas_cumprod [T]: the share of the latents' variance left at each timestep, falling from nearly 1 to nearly 0.
+    """
+
+    alphas_cumprod: torch.Tensor
+    prediction_type: str = "epsilon"  # what the UNet predicts: 'epsilon' or 'v_prediction'
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+
+    @property
+    def num_train_timesteps(self):
+        return len(self.alphas_cumprod)
+
+    def to(self, device):
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
+    def _signal_and_noise(self, timesteps):
+        # fp32: cast to half, 1 - alphas_cumprod itself would be rounded (to 0 in bf16 for the first timesteps)
+        alphas_cumprod = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def add_noise(self, latents, noise, timesteps):
+        """latents, noise [B, 4, h, w], timesteps [B] -> noisy_latents. DDPM (Ho et al. 2020), equation 4."""
+        signal, sigma = self._signal_and_noise(timesteps)
+        return (signal * latents + sigma * noise).to(latents.dtype)
+
+    def target(self, latents, noise, timesteps):
+        """What the UNet should say [B, 4, h, w]: the noise, or v (Salimans and Ho 2022, appendix D)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, sigma = self._signal_and_noise(timesteps)
+        return (signal * noise - sigma * latents).to(latents.dtype)
+
+    def snr(self, timesteps):
+        """Signal-to-noise ratio [B] at timesteps [B]."""
+        return self.alphas_cumprod[timesteps] / (1 - self.alphas_cumprod[timesteps])
+
+
+def load_schedule(model, revision=None):
+    """NoiseSchedule of the checkpoint's scheduler_config.json. UserError for what is not written out here."""
+    config = json.loads(_fetch("--model", model, "scheduler/scheduler_config.json", revision).read_text())
+    kind, start, end = config.get("beta_schedule"), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    timesteps = config.get("num_train_timesteps", 1000)
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    elif kind == "linear":
+        betas = torch.linspace(start, end, timesteps)
+    elif kind == "scaled_linear":  # latent diffusion's own
+        betas = torch.linspace(start**0.5, end**0.5, timesteps) ** 2
+    elif kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, equation 17
+        cosine = [math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(timesteps + 1)]
+        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in zip(cosine, cosine[1:])])
+    else:
+        raise UserError(f"--model {model}: its noise schedule {kind!r} is not supported; take another checkpoint.")
+    alphas_cumprod = (1 - betas).cumprod(0)
+    if config.get("rescale_betas_zero_snr"):  # Lin et al. 2023, algorithm 1: the last timestep is pure noise
+        root = alphas_cumprod.sqrt()
+        alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"--model {model} predicts {prediction_type!r}; only 'epsilon' and 'v_prediction' are supported."
+        )
+    given = {name: config[name] for name in ("timestep_spacing", "steps_offset", "set_alpha_to_one") if name in config}
+    return NoiseSchedule(alphas_cumprod, prediction_type, **given)
+
+
+def _fetch(option, name, filename, revision=None):
+    """Path of a file in a local folder, or in a Hub repository's cache after downloading it."""
+    _refuse_missing_folder(option, name)
+    if Path(name).is_dir():
+        if not Path(name, filename).is_file():
+            raise UserError(f"{option} {name}: the file '{filename}' is missing.")
+        return Path(name, filename)
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{option} {name}: no such folder here, and not to be had from the Hub ({reason})") from error
+
+
+# --- The new word and the masked lookup -------------------------------------------------------------------------------
+
+
+def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder_token"):
+    """Add a word to the tokenizer -> its token_ids, one for each vector (named word, word_1, word_2, ...).
+
+    UserError if the word is empty, has spaces or is one already: add_tokens' own count proves nothing, for an existing
+    word it answers 1 as well, and training would overwrite that word.
+    """
+    remedy = f"{option} {placeholder!r}: choose a name such as '<my-cat>'; this one"
+    if not placeholder or not placeholder.isprintable() or any(character.isspace() for character in placeholder):
+        raise UserError(f"{remedy} is empty or has spaces or invisible characters.")
+    if not 1 <= num_vectors <= MAX_VECTORS:
+        raise UserError(f"--num_vectors {num_vectors}: must be between 1 and {MAX_VECTORS}, what a sentence can hold.")
+    names = [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
+    vocabulary = tokenizer.get_vocab()
+    pieces = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
+    known = {placeholder.lower(), placeholder.lower() + "</w>"} & tokenizer.backend_tokenizer.get_vocab(False).keys()
+    if known or len(pieces) == 1 or not vocabulary.keys().isdisjoint(names):
+        raise UserError(f"{remedy} is already a word of the model.")
+
+    # normalized=False: found as it is written, before lower-casing. single_word: 'sks' is not found inside 'asks'.
+    single_word = bool(re.match(r"\w", placeholder) or re.match(r"\w", placeholder[-1]))
+    tokenizer.add_tokens([transformers.AddedToken(n, normalized=False, single_word=single_word) for n in names])
+    token_ids = tokenizer.convert_tokens_to_ids(names)
+    if len(set(token_ids)) < num_vectors or not set(token_ids).isdisjoint(vocabulary.values()):
+        raise UserError(f"{remedy} cannot be added to this model's tokenizer.")
+    return token_ids
+
+
+def initializer_id(tokenizer, text, option="--initializer_token"):
+    """The id of the one token that `text` is. UserError with its pieces if it is several, none or unknown."""
+    token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    pieces = [tokenizer.convert_ids_to_tokens(i).removesuffix("</w>") for i in token_ids]
+    words = [piece for i, piece in zip(token_ids, pieces) if i not in tokenizer.all_special_ids and piece.isalpha()]
+    hint = " or ".join(f"{option} {word}" for word in dict.fromkeys(words)) or f"{option} cat"
+    if len(token_ids) != 1:
+        raise UserError(f"{option} {text!r} is {len(token_ids)} tokens {pieces}, not one; a start can be: {hint}.")
+    if token_ids[0] in tokenizer.all_special_ids or token_ids[0] in tokenizer.added_tokens_decoder:
+        raise UserError(f"{option} {text!r} is no word that the model knows; choose a common one: {option} cat.")
+    return token_ids[0]
+
+
+def tokenize(tokenizer, prompts, placeholders=None):
+    """Sentences [B] -> token_ids [B, L], L the tokenizer's model_max_length, padded.
+
+    placeholders: {word: its token_ids from add_placeholder}; a word stands for all its vectors, one after the other.
+    What does not fit is cut off and said on stderr; UserError if a placeholder would be cut.
+    """
+    vectors_of = {token_ids[0]: list(token_ids) for token_ids in (placeholders or {}).values()}
+    all_vectors = {i for token_ids in vectors_of.values() for i in token_ids}
+    length = tokenizer.model_max_length
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        body, position = [], 0
+        while position < len(ids):  # ids, not text, are expanded: no word can be mistaken for the start of another
+            vectors = vectors_of.get(ids[position], [ids[position]])
+            body += vectors
+            spelled_out = ids[position : position + len(vectors)] == vectors  # '<cat> <cat>_1', as diffusers writes it
+            position += len(vectors) if spelled_out else 1
+        if cut := body[length - 2 :]:
+            text = tokenizer.decode(cut)
+            if all_vectors & set(cut):
+                raise UserError(f"the prompt {prompt!r} is too long: {text!r} would be cut off, and with it the learned "
+                                f"word; shorten it or move the word to the front.")  # fmt: skip
+            print(f"note: a prompt can have {length - 2} tokens; cut off: {text!r}", file=sys.stderr)
+        row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]
+        rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+    return torch.tensor(rows)  # [B, L]
+
+
+class LearnedEmbedding(nn.Module):
+    """CLIP's token table with a few rows of its own that can learn: the masked gradient of textual inversion.
+
+    The mask that picks `learned_rows` [n, dim] in the forward pass is the mask of the gradient in the backward pass, so
+    this equals training the whole table with every other row's gradient set to zero. But the table is no parameter:
+    weight decay, half precision and the optimizer's state cannot reach it.
+    """
+
+    def __init__(self, table, token_ids, init_rows):
+        super().__init__()
+        self.register_buffer("weight", table.detach())  # [V, dim], frozen
+        row_of_id = torch.full((max(len(table), max(token_ids) + 1),), -1)
+        row_of_id[list(token_ids)] = torch.arange(len(token_ids))
+        self.register_buffer("row_of_id", row_of_id.to(table.device), persistent=False)
+        self.learned_rows = nn.Parameter(init_rows.detach().to(table.device, torch.float32, copy=True))  # [n, dim]
+
+    def forward(self, token_ids):  # [B, L]
+        row = self.row_of_id[token_ids]
+        is_new = (row >= 0).unsqueeze(-1)  # [B, L, 1]
+        learned_rows = self.learned_rows[row.clamp(min=0)].to(self.weight.dtype)
+        frozen_rows = F.embedding(token_ids.clamp(max=len(self.weight) - 1), self.weight)
+        return torch.where(is_new, learned_rows, frozen_rows)  # [B, L, dim]
+
+
+def install_learned_rows(text_encoder, token_ids, init_rows):
+    """Replace the encoder's token table -> LearnedEmbedding. All words at once: token_ids (n), init_rows [n, dim]."""
+    embedding = LearnedEmbedding(text_encoder.get_input_embeddings().weight, token_ids, init_rows)
+    text_encoder.set_input_embeddings(embedding)
+    return embedding
+
+
+# --- Sentences and pictures to tensors, and back ----------------------------------------------------------------------
+
+
+def encode_tokens(text_encoder, token_ids):
+    """token_ids [B, L] -> text_embeddings [B, L, dim], the last layer after its layer norm."""
+    return text_encoder(token_ids.to(text_encoder.device)).last_hidden_state
+
+
+@torch.no_grad()
+def encode_images(vae, images, batch=4):
+    """images [N, 3, H, W] in [-1, 1] -> mean, std [N, 4, h, w] of their latents, fp32, unscaled, where images are.
+
+    A fresh sample is (mean + std * noise - shift_factor or 0) * scaling_factor, as the UNet knows it.
+    """
+    chunks = [vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist for chunk in images.split(batch)]
+    mean = torch.cat([chunk.mean for chunk in chunks])
+    std = torch.cat([chunk.std for chunk in chunks])
+    return mean.to(images.device, torch.float32), std.to(images.device, torch.float32)
+
+
+@torch.no_grad()
+def decode_latents(vae, latents, batch=4):
+    """latents [B, 4, h, w] (scaled) -> images [B, 3, H, W] fp32, about [-1, 1]."""
+    unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    chunks = [vae.decode(chunk.to(vae.device, vae.dtype)).sample.float() for chunk in unscaled.split(batch)]
+    return torch.cat(chunks)
+
+
+def to_pil(images):
+    """images [B, 3, H, W] in [-1, 1] -> list of B PIL pictures."""
+    pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+# --- Embedding files --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Embedding:
+    """A learned word: its name, its rows [n, dim] in fp32, and what the file says of itself."""
+
+    token: str
+    rows: torch.Tensor
+    metadata: dict = field(default_factory=dict)
+
+
+def atomic_write(path, write):
+    """Let `write(buffer)` fill a BytesIO and put it at `path` in one move: the old file or the new one, never a half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")  # same folder: a move between disks would be a copy
+    buffer = io.BytesIO()
+    write(buffer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path} ({reason}); make room there or choose another --output_dir.") from error
+
+
+def save_embedding(path, placeholder, rows, base_model, metadata=None, bin=False):
+    """Write rows [n, dim] as diffusers' one-key file, fp32; bin=True: the pickle of 2022, 1-D for a single vector."""
+    rows = rows.detach().float().cpu().contiguous()
+    if bin:
+        content = {placeholder: (rows[0] if len(rows) == 1 else rows).clone()}
+        return atomic_write(path, lambda buffer: torch.save(content, buffer))
+    # Written by hand (8 bytes of length, a JSON header, the numbers), for the library shuffles the metadata: here the
+    # same embedding is the same file, byte for byte.
+    notes = {"format": "pt", "base_model": str(base_model)} | {k: str(v) for k, v in (metadata or {}).items()}
+    numbers = rows.numpy().astype("<f4").tobytes()
+    tensor = {"dtype": "F32", "shape": list(rows.shape), "data_offsets": [0, len(numbers)]}
+    header = json.dumps({"__metadata__": notes, placeholder: tensor}, ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    atomic_write(path, lambda buffer: buffer.write(len(header).to_bytes(8, "little") + header + numbers))
+
+
+def load_embedding(source, token=None, dim=None):
+    """Read any embedding file there is -> Embedding. `source`: a file, a folder that holds one, or a Hub id.
+
+    Known: diffusers and concept library (one key), A1111 and the paper's code (string_to_param), kohya, InvokeAI and
+    OneTrainer (emb_params, emp_params), SDXL pairs (clip_l is taken), a bare tensor. Nothing in a file can run code.
+    token gives or changes the name; dim is the width that the model wants. UserError says what is wrong.
+    """
+    path = _find_embedding_file(source)
+    content, metadata = _read_tensors(path)
+    name, rows = _name_and_rows(content, path)
+    token = token or name
+    if not token:
+        raise UserError(f"--embedding {path} does not say its word; give it one: --token '<{path.stem}>'.")
+    if rows.layout != torch.strided or not rows.is_floating_point() or rows.dim() not in (1, 2) or 0 in rows.shape:
+        raise UserError(
+            f"--embedding {path} holds {list(rows.shape)} {rows.dtype}, not rows of floating-point numbers."
+        )
+    rows = rows.detach().unsqueeze(0) if rows.dim() == 1 else rows.detach()  # [n, dim]
+    if len(rows) > MAX_VECTORS:
+        raise UserError(f"--embedding {path} holds {len(rows)} vectors; a sentence has room for {MAX_VECTORS}.")
+    if dim is not None and rows.shape[1] != dim:
+        theirs, ours = FAMILIES.get(rows.shape[1], "another model"), FAMILIES.get(dim, "another model")
+        raise UserError(f"--embedding {path} is {rows.shape[1]} numbers wide ({theirs}), the model wants {dim} ({ours}); "
+                        f"choose a fitting --model.")  # fmt: skip
+    rows = rows.to(torch.float32, copy=True)
+    if not rows.isfinite().all():
+        raise UserError(f"--embedding {path} holds NaN or infinite numbers: its training failed; take another file.")
+    return Embedding(token, rows, metadata)
+
+
+def _find_embedding_file(source):
+    _refuse_missing_folder("--embedding", source)
+    if Path(source).is_file():
+        return Path(source)
+    if not Path(source).is_dir():
+        with suppress(UserError):
+            return _fetch("--embedding", source, "learned_embeds.safetensors")
+        return _fetch("--embedding", source, "learned_embeds.bin")
+    names = ("learned_embeds.safetensors", "learned_embeds.bin", "*.safetensors", "*.bin", "*.pt")
+    for found in (sorted(Path(source).glob(name)) for name in names):
+        if len(found) == 1:
+            return found[0]
+    raise UserError(f"--embedding {source}: the folder holds no learned_embeds.safetensors; name the file itself.")
+
+
+def _read_tensors(path):
+    """-> what the file holds (a dict or a tensor), its metadata. A look at the first bytes says what it really is."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    size, text = path.stat().st_size, head.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"--embedding {path} is a git-lfs pointer, not the file itself; run `git lfs pull` or download it."
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"--embedding {path} is a web page (HTML), not an embedding; use the page's download link.")
+    if size > MAX_FILE_BYTES:
+        raise UserError(f"--embedding {path} has {size / 2**20:.0f} MB: a whole checkpoint? An embedding has a few KB.")
+    try:
+        if head[8:9] == b"{":
+            with safetensors.safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        if zipfile.is_zipfile(path) and sum(i.file_size for i in zipfile.ZipFile(path).infolist()) > MAX_FILE_BYTES:
+            raise UserError(f"--embedding {path} would unpack to more than {MAX_FILE_BYTES >> 20} MB; it is refused.")
+        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            # weights_only: a pickle may otherwise run any program. ParameterDict: only a container, old files use it.
+            with torch.serialization.safe_globals([nn.ParameterDict]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            notes = content.items() if isinstance(content, dict) else ()
+            return content, {k: str(v) for k, v in notes if isinstance(k, str) and isinstance(v, (str, int))}
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--embedding {path} is damaged, or holds more than numbers; nothing in it was run.") from error
+    raise UserError(f"--embedding {path} is no embedding file ({size} bytes that begin with {head[:8]!r}).")
+
+
+def _name_and_rows(content, path):
+    """What a file holds -> its word (None if it does not say), its rows."""
+    if isinstance(content, torch.Tensor):
+        return None, content
+    content = dict(content) if isinstance(content, dict) else {}
+    if "string_to_param" in content:  # A1111; the paper's own code has no name and a ParameterDict
+        params, name = content["string_to_param"], content.get("name")
+        content = dict(vars(params).get("_parameters", {}) if isinstance(params, nn.Module) else params)
+        if len(content) == 1 and isinstance(name, str) and name:
+            content = {name: rows for rows in content.values()}
+    for key, what in (("clip_l", "the first of SDXL's two embeddings"), ("emb_params", ""), ("emp_params", "")):
+        if isinstance(content.get(key), torch.Tensor):
+            if what:
+                print(f"note: {path} is for SDXL; taken: {key}, {what}", file=sys.stderr)
+            return None, content[key]
+    keys, rows = list(content), list(content.values())
+    if len(keys) != 1 or not isinstance(rows[0], torch.Tensor):
+        raise UserError(f"--embedding {path} is no embedding of one word; it holds {str(keys[:6])[1:-1] or 'nothing'}.")
+    return (keys[0] if isinstance(keys[0], str) and keys[0] not in ("*", "clip_g") else None), rows[0]
