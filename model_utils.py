@@ -12,12 +12,14 @@ import re
 import sys
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import huggingface_hub
-import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -62,66 +64,80 @@ def choose_dtype(precision, device):
 
 def load_tokenizer(model, revision=None):
     """CLIPTokenizer of a diffusers-layout folder or Hub id. UserError if it is missing or empty."""
-    tokenizer = _load_part(transformers.CLIPTokenizer, model, "tokenizer", revision=revision)
-    if len(tokenizer) < 4:  # transformers makes a tokenizer of three special tokens from an empty folder
+    tokenizer = _load_part(transformers.CLIPTokenizer, "tokenizer", model, revision=revision)
+    if len(tokenizer) < 4:  # from an empty folder transformers makes a tokenizer of the special tokens alone
         raise UserError(f"--model {model}: the folder 'tokenizer' holds no vocabulary; download the model again.")
-    if tokenizer.model_max_length > 10_000:  # transformers' "unknown"
+    if tokenizer.model_max_length > 10_000:  # transformers' way to say "unknown"
         tokenizer.model_max_length = 77
     return tokenizer
 
 
 def load_text_encoder(model, device, dtype=torch.float32, revision=None, variant=None):
-    """Frozen CLIPTextModel. The dtype is always given: left to itself transformers takes the file's."""
-    options = {"dtype": dtype, "revision": revision, "variant": variant}
-    return _freeze(_load_part(transformers.CLIPTextModel, model, "text_encoder", **options), device)
+    """CLIPTextModel, frozen, of a folder or Hub id. variant: 'fp16' reads the files named *.fp16.*"""
+    return _load_frozen(transformers.CLIPTextModel, "text_encoder", model, device, dtype, revision, variant)
 
 
 def load_vae(model, device, dtype=torch.float32, revision=None, variant=None):
-    """Frozen AutoencoderKL."""
-    options = {"torch_dtype": dtype, "revision": revision, "variant": variant, "low_cpu_mem_usage": False}
-    return _freeze(_load_part(diffusers.AutoencoderKL, model, "vae", **options), device)
+    """AutoencoderKL, frozen."""
+    return _load_frozen(diffusers.AutoencoderKL, "vae", model, device, dtype, revision, variant)
 
 
 def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
-    """Frozen UNet2DConditionModel. UserError for SDXL, inpainting and other models that want more than latents."""
-    options = {"torch_dtype": dtype, "revision": revision, "variant": variant, "low_cpu_mem_usage": False}
-    unet = _load_part(diffusers.UNet2DConditionModel, model, "unet", **options)
+    """UNet2DConditionModel, frozen. UserError if it wants more than latents and one text encoder (SDXL, inpainting)."""
+    unet = _load_frozen(diffusers.UNet2DConditionModel, "unet", model, device, dtype, revision, variant)
     if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type:
         raise UserError(f"--model {model} is no plain text-to-image model; take a Stable Diffusion 1 or 2 checkpoint.")
-    return _freeze(unet, device)
+    return unet
 
 
-def _load_part(part_class, model, part, **options):
+def _load_frozen(part_class, part, model, device, dtype, revision, variant):
+    # dtype is always given: left to itself transformers takes the file's, and rows learned in half do not learn.
+    # low_cpu_mem_usage=True would need accelerate.
+    options = {"dtype": dtype, "low_cpu_mem_usage": False, "revision": revision, "variant": variant}
+    module, info = _load_part(part_class, part, model, output_loading_info=True, **options)
+    if info["missing_keys"]:  # from_pretrained would go on with random numbers
+        raise UserError(f"--model {model}: its part '{part}' lacks weights, {min(info['missing_keys'])!r} for one.")
+    return module.requires_grad_(False).eval().to(device)
+
+
+def _load_part(part_class, part, model, **options):
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # downloading gigabytes in silence would look like a hang
+    _refuse_missing("--model", model)
     if Path(model).is_dir() and not Path(model, part).is_dir():
         raise UserError(f"--model {model}: the folder '{part}' is missing; a model in diffusers layout is needed.")
-    _refuse_missing_folder("--model", model)
-    options["local_files_only"] = huggingface_hub.constants.HF_HUB_OFFLINE
-    if part_class is not transformers.CLIPTokenizer:
-        options["output_loading_info"] = True
     try:
-        loaded = part_class.from_pretrained(str(model), subfolder=part, **options)
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        return part_class.from_pretrained(str(model), subfolder=part, local_files_only=offline, **options)
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"--model {model}: the part '{part}' cannot be loaded ({reason})") from error
-    if not options.get("output_loading_info"):
-        return loaded
-    loaded, info = loaded
-    if info["missing_keys"]:  # from_pretrained would go on with random numbers
-        raise UserError(f"--model {model}: the part '{part}' lacks weights, {sorted(info['missing_keys'])[0]} first.")
-    return loaded
+        where = "" if Path(model).is_dir() else "there is no such folder here, and from the Hub "
+        raise UserError(f"--model {model}: {where}its part '{part}' cannot be loaded ({_reason(error)}).") from error
 
 
-def _refuse_missing_folder(option, name):
+def _fetch(option, name, filename, revision=None):
+    """Path of a file in a local folder, or of a Hub repository after downloading it."""
+    _refuse_missing(option, name)
+    if Path(name).is_dir():
+        if not Path(name, filename).is_file():
+            raise UserError(f"{option} {name}: the file '{filename}' is missing.")
+        return Path(name, filename)
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
+    except Exception as error:
+        why = _reason(error)
+        raise UserError(f"{option} {name}: no such folder here, and no '{filename}' from the Hub ({why}).") from error
+
+
+def _refuse_missing(option, name):
     if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise UserError(f"{option} {name}: there is no such file or folder, and it is no Hub id such as 'owner/name'.")
 
 
-def _freeze(module, device):
-    return module.requires_grad_(False).eval().to(device)
+def _reason(error):
+    """The first line of a library's message, which often has twenty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # --- The noise schedule -----------------------------------------------------------------------------------------------
@@ -182,7 +198,7 @@ def load_schedule(model, revision=None):
         betas = torch.linspace(start**0.5, end**0.5, timesteps) ** 2
     elif kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, equation 17
         cosine = [math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(timesteps + 1)]
-        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in zip(cosine, cosine[1:])])
+        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(cosine)])
     else:
         raise UserError(f"--model {model}: its noise schedule {kind!r} is not supported; take another checkpoint.")
     alphas_cumprod = (1 - betas).cumprod(0)
@@ -191,25 +207,9 @@ def load_schedule(model, revision=None):
         alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"--model {model} predicts {prediction_type!r}; only 'epsilon' and 'v_prediction' are supported."
-        )
+        raise UserError(f"--model {model} predicts {prediction_type!r}; only epsilon and v_prediction are supported.")
     given = {name: config[name] for name in ("timestep_spacing", "steps_offset", "set_alpha_to_one") if name in config}
     return NoiseSchedule(alphas_cumprod, prediction_type, **given)
-
-
-def _fetch(option, name, filename, revision=None):
-    """Path of a file in a local folder, or in a Hub repository's cache after downloading it."""
-    _refuse_missing_folder(option, name)
-    if Path(name).is_dir():
-        if not Path(name, filename).is_file():
-            raise UserError(f"{option} {name}: the file '{filename}' is missing.")
-        return Path(name, filename)
-    try:
-        return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
-    except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{option} {name}: no such folder here, and not to be had from the Hub ({reason})") from error
 
 
 # --- The new word and the masked lookup -------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def initializer_id(tokenizer, text, option="--initializer_token"):
     """The id of the one token that `text` is. UserError with its pieces if it is several, none or unknown."""
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     pieces = [tokenizer.convert_ids_to_tokens(i).removesuffix("</w>") for i in token_ids]
-    words = [piece for i, piece in zip(token_ids, pieces) if i not in tokenizer.all_special_ids and piece.isalpha()]
+    words = [piece for piece in pieces if len(piece) > 2 and piece.isalpha()]
     hint = " or ".join(f"{option} {word}" for word in dict.fromkeys(words)) or f"{option} cat"
     if len(token_ids) != 1:
         raise UserError(f"{option} {text!r} is {len(token_ids)} tokens {pieces}, not one; a start can be: {hint}.")
@@ -276,8 +276,7 @@ def tokenize(tokenizer, prompts, placeholders=None):
         if cut := body[length - 2 :]:
             text = tokenizer.decode(cut)
             if all_vectors & set(cut):
-                raise UserError(f"the prompt {prompt!r} is too long: {text!r} would be cut off, and with it the learned "
-                                f"word; shorten it or move the word to the front.")  # fmt: skip
+                raise UserError(f"the prompt {prompt!r} is too long: {text!r}, with a learned word, would be cut off.")
             print(f"note: a prompt can have {length - 2} tokens; cut off: {text!r}", file=sys.stderr)
         row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]
         rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
@@ -352,13 +351,12 @@ def to_pil(images):
 # --- Embedding files --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Embedding:
+class Embedding(NamedTuple):
     """A learned word: its name, its rows [n, dim] in fp32, and what the file says of itself."""
 
     token: str
     rows: torch.Tensor
-    metadata: dict = field(default_factory=dict)
+    metadata: dict
 
 
 def atomic_write(path, write):
@@ -377,8 +375,8 @@ def atomic_write(path, write):
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path} ({reason}); make room there or choose another --output_dir.") from error
+        why = error.strerror or error
+        raise UserError(f"cannot write {path} ({why}): make room there or choose another --output_dir.") from error
 
 
 def save_embedding(path, placeholder, rows, base_model, metadata=None, bin=False):
@@ -408,88 +406,84 @@ def load_embedding(source, token=None, dim=None):
     content, metadata = _read_tensors(path)
     name, rows = _name_and_rows(content, path)
     token = token or name
-    if not token:
+    if not isinstance(token, str) or token == "*":
         raise UserError(f"--embedding {path} does not say its word; give it one: --token '<{path.stem}>'.")
-    if rows.layout != torch.strided or not rows.is_floating_point() or rows.dim() not in (1, 2) or 0 in rows.shape:
-        raise UserError(
-            f"--embedding {path} holds {list(rows.shape)} {rows.dtype}, not rows of floating-point numbers."
-        )
-    rows = rows.detach().unsqueeze(0) if rows.dim() == 1 else rows.detach()  # [n, dim]
-    if len(rows) > MAX_VECTORS:
-        raise UserError(f"--embedding {path} holds {len(rows)} vectors; a sentence has room for {MAX_VECTORS}.")
-    if dim is not None and rows.shape[1] != dim:
-        theirs, ours = FAMILIES.get(rows.shape[1], "another model"), FAMILIES.get(dim, "another model")
-        raise UserError(f"--embedding {path} is {rows.shape[1]} numbers wide ({theirs}), the model wants {dim} ({ours}); "
-                        f"choose a fitting --model.")  # fmt: skip
-    rows = rows.to(torch.float32, copy=True)
+    shape = list(rows.shape)
+    if rows.layout != torch.strided or not rows.is_floating_point() or len(shape) not in (1, 2) or 0 in shape:
+        raise UserError(f"--embedding {path} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
+    if len(shape) == 2 and shape[0] > MAX_VECTORS:
+        raise UserError(f"--embedding {path} holds {shape[0]} vectors; a sentence has room for {MAX_VECTORS}.")
+    if dim is not None and shape[-1] != dim:
+        theirs, ours = (f"{width} ({FAMILIES.get(width, 'no common model')})" for width in (shape[-1], dim))
+        raise UserError(f"--embedding {path} has rows of width {theirs}, the model wants {ours}; use another --model.")
+    rows = rows.detach().to(torch.float32, copy=True).reshape(-1, shape[-1])  # [n, dim]
     if not rows.isfinite().all():
         raise UserError(f"--embedding {path} holds NaN or infinite numbers: its training failed; take another file.")
     return Embedding(token, rows, metadata)
 
 
 def _find_embedding_file(source):
-    _refuse_missing_folder("--embedding", source)
+    _refuse_missing("--embedding", source)
     if Path(source).is_file():
         return Path(source)
     if not Path(source).is_dir():
         with suppress(UserError):
             return _fetch("--embedding", source, "learned_embeds.safetensors")
         return _fetch("--embedding", source, "learned_embeds.bin")
-    names = ("learned_embeds.safetensors", "learned_embeds.bin", "*.safetensors", "*.bin", "*.pt")
-    for found in (sorted(Path(source).glob(name)) for name in names):
-        if len(found) == 1:
+    for pattern in ("learned_embeds.safetensors", "learned_embeds.bin", "*.safetensors", "*.bin", "*.pt"):
+        if len(found := list(Path(source).glob(pattern))) == 1:
             return found[0]
     raise UserError(f"--embedding {source}: the folder holds no learned_embeds.safetensors; name the file itself.")
 
 
 def _read_tensors(path):
-    """-> what the file holds (a dict or a tensor), its metadata. A look at the first bytes says what it really is."""
-    with open(path, "rb") as file:
-        head = file.read(512)
-    size, text = path.stat().st_size, head.lstrip().lower()
-    if text.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"--embedding {path} is a git-lfs pointer, not the file itself; run `git lfs pull` or download it."
-        )
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"--embedding {path} is a web page (HTML), not an embedding; use the page's download link.")
-    if size > MAX_FILE_BYTES:
-        raise UserError(f"--embedding {path} has {size / 2**20:.0f} MB: a whole checkpoint? An embedding has a few KB.")
+    """-> what the file holds (a dict or a tensor), what it says of itself. Its first bytes, not its name, tell the kind."""
     try:
-        if head[8:9] == b"{":
-            with safetensors.safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        if zipfile.is_zipfile(path) and sum(i.file_size for i in zipfile.ZipFile(path).infolist()) > MAX_FILE_BYTES:
-            raise UserError(f"--embedding {path} would unpack to more than {MAX_FILE_BYTES >> 20} MB; it is refused.")
-        if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            # weights_only: a pickle may otherwise run any program. ParameterDict: only a container, old files use it.
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= MAX_FILE_BYTES else b""
+    except OSError as error:
+        raise UserError(f"--embedding {path} cannot be read ({error.strerror}).") from error
+    unpacked, start = size, data[:512].lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"--embedding {path} is a git-lfs pointer, not the file itself: run 'git lfs pull' there.")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"--embedding {path} is a web page (HTML), not an embedding; use the page's download link.")
+    try:
+        if data.startswith(b"PK"):
+            unpacked = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(data)).infolist())
+        if unpacked > MAX_FILE_BYTES:
+            raise UserError(f"--embedding {path} has {unpacked >> 20} MB; an embedding has a few KB. A checkpoint?")
+        if data[8:9] == b"{":  # safetensors: 8 bytes of length, a JSON header, the numbers
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            return safetensors.torch.load(data), header.get("__metadata__", {})
+        if data.startswith((b"PK", b"\x80")):
+            # weights_only: a pickle may otherwise run any program. ParameterDict: a mere container in the paper's files
             with torch.serialization.safe_globals([nn.ParameterDict]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            notes = content.items() if isinstance(content, dict) else ()
-            return content, {k: str(v) for k, v in notes if isinstance(k, str) and isinstance(v, (str, int))}
+                content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            notes = content if isinstance(content, dict) else {}
+            return content, {key: str(note) for key, note in notes.items() if isinstance(note, (str, int))}
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--embedding {path} is damaged, or holds more than numbers; nothing in it was run.") from error
-    raise UserError(f"--embedding {path} is no embedding file ({size} bytes that begin with {head[:8]!r}).")
+        raise UserError(f"--embedding {path} is damaged or holds more than numbers; nothing in it was run.") from error
+    raise UserError(f"--embedding {path} is no embedding file; it has {size} bytes and begins with {data[:8]!r}.")
 
 
 def _name_and_rows(content, path):
-    """What a file holds -> its word (None if it does not say), its rows."""
+    """What a file holds -> its word ('*' if it does not say), its rows."""
     if isinstance(content, torch.Tensor):
-        return None, content
-    content = dict(content) if isinstance(content, dict) else {}
-    if "string_to_param" in content:  # A1111; the paper's own code has no name and a ParameterDict
-        params, name = content["string_to_param"], content.get("name")
-        content = dict(vars(params).get("_parameters", {}) if isinstance(params, nn.Module) else params)
-        if len(content) == 1 and isinstance(name, str) and name:
-            content = {name: rows for rows in content.values()}
-    for key, what in (("clip_l", "the first of SDXL's two embeddings"), ("emb_params", ""), ("emp_params", "")):
-        if isinstance(content.get(key), torch.Tensor):
-            if what:
-                print(f"note: {path} is for SDXL; taken: {key}, {what}", file=sys.stderr)
-            return None, content[key]
-    keys, rows = list(content), list(content.values())
-    if len(keys) != 1 or not isinstance(rows[0], torch.Tensor):
-        raise UserError(f"--embedding {path} is no embedding of one word; it holds {str(keys[:6])[1:-1] or 'nothing'}.")
-    return (keys[0] if isinstance(keys[0], str) and keys[0] not in ("*", "clip_g") else None), rows[0]
+        return "*", content
+    name = None
+    if isinstance(content, dict) and "string_to_param" in content:  # A1111; the paper's code has no name
+        name, params = content.get("name"), content["string_to_param"]
+        content = getattr(params, "_parameters", params)  # of a ParameterDict
+    content = content if isinstance(content, dict) else {}
+    for key in ("clip_l", "emb_params", "emp_params"):
+        if key in content:
+            if "clip_g" in content:
+                print(f"note: {path} is for SDXL; taken: clip_l, the half for Stable Diffusion 1", file=sys.stderr)
+            content = {"*": content[key]}
+    if len(content) != 1 or not isinstance(next(iter(content.values())), torch.Tensor):
+        raise UserError(f"--embedding {path} is no embedding of one word; it holds {list(content)[:6]}.")
+    ((key, rows),) = content.items()
+    return name or ("*" if key == "clip_g" else key), rows
