@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import warnings
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ def load_tokenizer(model, revision=None):
     """CLIPTokenizer of a diffusers-layout folder or Hub id. UserError if it is missing or empty."""
     tokenizer = _load_part(transformers.CLIPTokenizer, "tokenizer", model, revision=revision)
     if len(tokenizer) < 4:  # from an empty folder transformers makes a tokenizer of the special tokens alone
-        raise UserError(f"--model {model}: the folder 'tokenizer' holds no vocabulary; download the model again.")
+        raise _unloadable(model, "tokenizer", "no vocabulary")
     if tokenizer.model_max_length > 10_000:  # transformers' way to say "unknown"
         tokenizer.model_max_length = 77
     return tokenizer
@@ -96,7 +97,7 @@ def _load_frozen(part_class, part, model, device, dtype, revision, variant):
     options = {"dtype": dtype, "low_cpu_mem_usage": False, "revision": revision, "variant": variant}
     module, info = _load_part(part_class, part, model, output_loading_info=True, **options)
     if info["missing_keys"]:  # from_pretrained would go on with random numbers
-        raise UserError(f"--model {model}: its part '{part}' lacks weights, {min(info['missing_keys'])!r} for one.")
+        raise _unloadable(model, part, f"it lacks weights, {min(info['missing_keys'])} for one")
     return module.requires_grad_(False).eval().to(device)
 
 
@@ -108,12 +109,17 @@ def _load_part(part_class, part, model, **options):
     _refuse_missing("--model", model)
     if Path(model).is_dir() and not Path(model, part).is_dir():
         raise UserError(f"--model {model}: the folder '{part}' is missing; a model in diffusers layout is needed.")
+    options |= {"subfolder": part, "local_files_only": huggingface_hub.constants.HF_HUB_OFFLINE}
     try:
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        return part_class.from_pretrained(str(model), subfolder=part, local_files_only=offline, **options)
+        with warnings.catch_warnings(action="ignore"):  # what the libraries deprecate is not the user's concern
+            return part_class.from_pretrained(str(model), **options)
     except Exception as error:
-        where = "" if Path(model).is_dir() else "there is no such folder here, and from the Hub "
-        raise UserError(f"--model {model}: {where}its part '{part}' cannot be loaded ({_reason(error)}).") from error
+        raise _unloadable(model, part, _reason(error)) from error
+
+
+def _unloadable(model, part, why):
+    where = "" if Path(model).is_dir() else "there is no such folder here, and from the Hub "
+    return UserError(f"--model {model}: {where}its part '{part}' cannot be loaded ({why}); is it there and whole?")
 
 
 def _fetch(option, name, filename, revision=None):
@@ -360,7 +366,7 @@ class Embedding(NamedTuple):
 
 
 def atomic_write(path, write):
-    """Let `write(buffer)` fill a BytesIO and put it at `path` in one move: the old file or the new one, never a half."""
+    """Let `write(buffer)` fill a BytesIO and move that to `path`: the old file or the new one, never a half."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")  # same folder: a move between disks would be a copy
     buffer = io.BytesIO()
@@ -437,7 +443,7 @@ def _find_embedding_file(source):
 
 
 def _read_tensors(path):
-    """-> what the file holds (a dict or a tensor), what it says of itself. Its first bytes, not its name, tell the kind."""
+    """-> what the file holds (dict or tensor), what it says of itself. The first bytes, not the name, tell its kind."""
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= MAX_FILE_BYTES else b""
