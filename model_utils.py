@@ -414,8 +414,8 @@ def load_embedding(source, token=None, dim=None):
     token = token or name
     if not isinstance(token, str) or token == "*":
         raise UserError(f"--embedding {path} does not say its word; give it one: --token '<{path.stem}>'.")
-    shape = list(rows.shape)
-    if rows.layout != torch.strided or not rows.is_floating_point() or len(shape) not in (1, 2) or 0 in shape:
+    shape, is_plain = list(rows.shape), rows.layout == torch.strided and rows.device.type == "cpu"
+    if not is_plain or not rows.is_floating_point() or len(shape) not in (1, 2) or 0 in shape:
         raise UserError(f"--embedding {path} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
     if len(shape) == 2 and shape[0] > MAX_VECTORS:
         raise UserError(f"--embedding {path} holds {shape[0]} vectors; a sentence has room for {MAX_VECTORS}.")
