@@ -139,7 +139,7 @@ Parts = namedtuple("Parts", "tokenizer text_encoder vae unet schedule placeholde
 @torch.no_grad()
 def draw(
     parts, prompts, seeds, negative_prompt="", steps=25, guidance=7.5, sampler="dpm++",
-    height=None, width=None, batch_size=4,
+    height=None, width=None, batch_size=4, progress=True,
 ):  # fmt: skip
     """Yield a PIL picture for each prompt and its seed, as soon as its batch is done.
 
@@ -157,7 +157,7 @@ def draw(
     encoded = mu.encode_tokens(parts.text_encoder, mu.tokenize(parts.tokenizer, sentences, parts.placeholders))
     embeddings = dict(zip(sentences, encoded.to(device), strict=True))
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
-    with tqdm(total=len(batches) * steps, desc="drawing", unit="step", disable=None) as bar:
+    with tqdm(total=len(batches) * steps, desc="drawing", unit="step", disable=None if progress else True) as bar:
         for batch in batches:
             text = torch.stack([embeddings[prompt] for prompt in prompts[batch]])  # [B, L, dim]
             negative = embeddings[negative_prompt].expand_as(text)

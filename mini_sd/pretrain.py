@@ -1,0 +1,430 @@
+"""Train mini_sd from nothing: a very small but complete Stable Diffusion, on the pictures of world.py.
+
+    python mini_sd/pretrain.py                      # all of it: pictures, vae, clip, latents, unet, export
+    python mini_sd/pretrain.py --stage unet --minutes 60
+
+Every stage saves its state in --work as it goes and goes on from there when it is started again. `export` writes the
+half-precision weights in diffusers' folder layout. Progress is printed and kept in <work>/<stage>.jsonl; the vae and
+unet stages leave a contact sheet to look at.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # so that `python mini_sd/pretrain.py` finds the scripts
+sys.path.insert(0, str(HERE))
+
+import world  # noqa: E402
+
+TRAIN_SEED, TEST_SEED = 1, 2
+TEXT_LENGTH = 32
+STAGES = ["pictures", "tokenizer", "vae", "latents", "decoder", "clip", "unet", "export"]
+SCHEDULER = {  # Stable Diffusion 1.4's own
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "timestep_spacing": "leading", "clip_sample": False,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- the models
+
+
+def build_vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
+    )  # fmt: skip
+
+
+def build_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(48, 96, 128),
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=8,
+    )  # fmt: skip
+
+
+def build_clip(tokenizer):
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH, "projection_dim": 128, **tower, **ids}
+    vision = {"image_size": world.SIZE, "patch_size": 8, "projection_dim": 128, **tower}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def build_tokenizer(sentences):
+    """A byte-pair vocabulary of the world's own sentences, with CLIP's pre-tokenizer, lower case and `</w>`."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words = Regex(r"[a-z]+|[0-9]|[^\s0-9a-z]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, end_of_word_suffix="</w>", special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(sentences, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    # CLIP's tokenizer wants every letter both inside and at the end of a word; the end mark goes last, as in CLIP.
+    pieces = [p for p in model["vocab"] if not p.startswith("<|")]
+    for letter in pre_tokenizers.ByteLevel.alphabet():
+        pieces += [p for p in (letter, letter + "</w>") if p not in pieces]
+    vocab = {piece: i for i, piece in enumerate([*sorted(pieces), "<|startoftext|>", "<|endoftext|>"])}
+    merges = [tuple(m) for m in model["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+# ------------------------------------------------------------------------------------------------- the helpers
+
+
+class Run:
+    """State of one stage on disk: weights, optimizer and step, saved every minute, and a log."""
+
+    def __init__(self, args, name, modules, optimizer):
+        self.path, self.log_path = args.work / f"{name}.pt", args.work / f"{name}.jsonl"
+        self.modules, self.optimizer, self.step, self.spent = modules, optimizer, 0, 0.0
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            for module, weights in zip(modules, state["modules"], strict=True):
+                module.load_state_dict(weights)
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.spent = state["step"], state["spent"]
+        self.begun, self.saved, self.limit, self.name = time.time(), time.time(), 60 * args.minutes, name
+
+    @property
+    def seconds(self):
+        return self.spent + time.time() - self.begun
+
+    def progress(self):
+        return min(1.0, self.seconds / self.limit)
+
+    def save(self):
+        state = {"modules": [m.state_dict() for m in self.modules], "optimizer": self.optimizer.state_dict()}
+        torch.save({**state, "step": self.step, "spent": self.seconds}, self.path.with_suffix(".tmp"))
+        self.path.with_suffix(".tmp").replace(self.path)
+
+    def tick(self, every=50, **values):
+        self.step += 1
+        if self.step % every == 0:
+            row = {
+                "step": self.step,
+                "minutes": round(self.seconds / 60, 2),
+                **{k: round(float(v), 5) for k, v in values.items()},
+            }
+            print(self.name, json.dumps(row), flush=True)
+            with self.log_path.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        if time.time() - self.saved > 60:
+            self.save()
+            self.saved = time.time()
+        return self.seconds < self.limit
+
+
+def set_lr(optimizer, lr, progress, step, warmup=200):
+    """Linear warm-up, then half a cosine down to 2 % over the time that the stage has."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def load_pictures(args, split, device=None):
+    """uint8 [N, 3, 64, 64] and the sentences."""
+    images = torch.from_numpy(np.load(args.work / f"{split}.npy")).permute(0, 3, 1, 2)
+    return images if device is None else images.to(device), json.loads((args.work / f"{split}.json").read_text())
+
+
+def to_float(images):
+    return images.float().div_(127.5).sub_(1)
+
+
+def tokens(tokenizer, sentences):
+    return tokenizer(
+        sentences, padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+    ).input_ids
+
+
+def psnr(a, b):
+    """Mean over pictures of the peak signal to noise ratio in dB, for values in [-1, 1]."""
+    error = (a.clamp(-1, 1) - b).square().flatten(1).mean(1) / 4
+    return (-10 * error.log10()).mean().item()
+
+
+def save_sheet(rows, path, zoom=2):
+    from PIL import Image
+
+    pictures = [
+        Image.fromarray(p) for r in rows for p in r.clamp(-1, 1).add(1).mul(127.5).byte().permute(0, 2, 3, 1).numpy()
+    ]
+    world.sheet(pictures, columns=len(rows[0]), zoom=zoom).save(path)
+
+
+# --------------------------------------------------------------------------------------------------- the stages
+
+
+def stage_pictures(args):
+    for split, n, seed in (("train", args.pictures, TRAIN_SEED), ("test", 2000, TEST_SEED)):
+        if not (args.work / f"{split}.npy").exists():
+            images, sentences, _ = world.make_set(n, seed)
+            (args.work / f"{split}.json").write_text(json.dumps(sentences))
+            np.save(args.work / f"{split}.npy", images)
+
+
+def stage_tokenizer(args):
+    if not (args.work / "tokenizer").exists():
+        rng = random.Random(0)
+        sentences = [world.caption(world.random_picture(rng), rng) for _ in range(40000)]
+        build_tokenizer(sentences).save_pretrained(args.work / "tokenizer")
+
+
+def stage_vae(args, name="vae", lr=2e-3):
+    device, images = args.device, load_pictures(args, "train")[0]
+    test = to_float(load_pictures(args, "test")[0][:256])
+    vae = build_vae().to(device, memory_format=torch.channels_last)
+    if name == "decoder":  # the encoder and its latents stay as the UNet knows them
+        vae.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True)["modules"][0])
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        [p for p in vae.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4, betas=(0.9, 0.99)
+    )
+    run = Run(args, name, [vae], optimizer)
+    generator = torch.Generator().manual_seed(run.step)
+    going = run.progress() < 1
+    while going:
+        picks = torch.randint(len(images), (args.vae_batch,), generator=generator)
+        x = to_float(images[picks].to(device)).contiguous(memory_format=torch.channels_last)  # [B, 3, 64, 64]
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        error = y - x
+        # edges of the drawing matter more than areas of flat colour: also compare differences of neighbours
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        loss = error.abs().mean() + error.square().mean() + 0.25 * edges + 1e-6 * posterior.kl().mean()
+        set_lr(optimizer, lr, run.progress(), run.step, warmup=100)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        going = run.tick(loss=loss.detach(), psnr=psnr(y.detach(), x))
+        if run.step % 500 == 0 or not going:
+            vae.eval()
+            with torch.no_grad():
+                y = torch.cat(
+                    [vae.decode(vae.encode(x.to(device)).latent_dist.mean).sample.cpu() for x in test.split(64)]
+                )
+            vae.train()
+            print(f"vae: {psnr(y, test):.2f} dB on pictures it has not seen", flush=True)
+            save_sheet([test[:12], y[:12], test[12:24], y[12:24]], args.work / "vae.png")
+    run.save()
+
+
+def stage_decoder(args):
+    """Train the decoder on while the encoder rests: it can go on beside the unet stage."""
+    stage_vae(args, "decoder", 1e-3)
+
+
+def stage_clip(args):
+    from transformers import CLIPTokenizer
+
+    device, (images, sentences) = args.device, load_pictures(args, "train")
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    ids = tokens(tokenizer, sentences)
+    test_images, test_sentences = load_pictures(args, "test")
+    test_ids = tokens(tokenizer, test_sentences)
+    clip = build_clip(tokenizer).to(device)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    run = Run(args, "clip", [clip], optimizer)
+    generator = torch.Generator().manual_seed(run.step)
+    going = run.progress() < 1
+    while going:
+        picks = torch.randint(len(images), (args.clip_batch,), generator=generator)
+        x, batch_ids = to_float(images[picks].to(device)), ids[picks].to(device)
+        batch_ids = batch_ids[:, : int((batch_ids != tokenizer.pad_token_id).sum(1).max()) + 1]
+        out = clip(input_ids=batch_ids, pixel_values=x)
+        target = torch.arange(len(x), device=device)
+        loss = (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)) / 2
+        set_lr(optimizer, 1e-3, run.progress(), run.step, warmup=50)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        clip.logit_scale.data.clamp_(max=math.log(100))
+        going = run.tick(every=20, loss=loss.detach())
+        if run.step % 200 == 0 or not going:
+            print(f"clip: top 1 of 500 {clip_top1(clip, test_images, test_ids):.3f}", flush=True)
+    run.save()
+
+
+@torch.no_grad()
+def clip_top1(clip, images, ids, n=500):
+    """Share of n unseen pictures whose own sentence is the nearest of the n."""
+    device = clip.device
+    out = clip.eval()(input_ids=ids[:n].to(device), pixel_values=to_float(images[:n].to(device)))
+    clip.train()
+    return (out.logits_per_image.argmax(1).cpu() == torch.arange(n)).float().mean().item()
+
+
+@torch.no_grad()
+def stage_latents(args):
+    """The moments of every picture, once, and the factor that makes latents of unit variance."""
+    if (args.work / "latents.pt").exists():
+        return
+    vae = build_vae().to(args.device)
+    vae.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True)["modules"][0])
+    vae.eval()
+    moments = [
+        vae.encode(to_float(x.to(args.device))).latent_dist.parameters.half().cpu()
+        for x in load_pictures(args, "train")[0].split(256)
+    ]
+    mean, logvar = torch.cat(moments).chunk(2, dim=1)
+    scale = 1 / (mean.float().var() + logvar.float().exp().mean()).sqrt().item()
+    torch.save(
+        {"mean": mean.clone(), "std": (0.5 * logvar.float()).exp().half(), "scale": scale}, args.work / "latents.pt"
+    )
+    print(f"latents: {len(mean)}, scaling factor {scale:.4f}", flush=True)
+
+
+@torch.no_grad()
+def encode_texts(args):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    clip = build_clip(tokenizer).to(args.device).eval()
+    clip.load_state_dict(torch.load(args.work / "clip.pt", weights_only=True)["modules"][0])
+    return lambda texts: torch.cat(
+        [
+            clip.text_model(tokens(tokenizer, texts[i : i + 512]).to(args.device)).last_hidden_state
+            for i in range(0, len(texts), 512)
+        ]
+    )
+
+
+def stage_unet(args):
+    device, cache = args.device, torch.load(args.work / "latents.pt", weights_only=True)
+    mean, std, scale = cache["mean"], cache["std"], cache["scale"]
+    encode, (_, sentences) = encode_texts(args), load_pictures(args, "train")
+    embeddings = encode(sentences).half()  # [N, 32, 128]
+    empty = encode([""]).half()
+    betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
+    alphas_cumprod = (1 - betas).cumprod(0).to(device)
+    unet = build_unet().to(device)
+    ema = deepcopy(unet).requires_grad_(False)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99))
+    run = Run(args, "unet", [unet, ema], optimizer)
+    generator = torch.Generator().manual_seed(run.step)
+    going = run.progress() < 1
+    while going:
+        n = args.unet_batch
+        picks = torch.randint(len(mean), (n,), generator=generator)
+        latents = (
+            (mean[picks].float() + std[picks].float() * torch.randn(mean[picks].shape, generator=generator)) * scale
+        ).to(device)
+        context = embeddings[picks].float().to(device)
+        dropped = torch.rand(n, generator=generator) < 0.1
+        context[dropped] = empty.float().to(device)
+        # one timestep from each of n equal parts of the range: less noise in the gradient than n independent draws
+        timesteps = ((torch.arange(n) + torch.rand(n, generator=generator)) * 1000 / n).long().to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        abar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noise_pred = unet(abar.sqrt() * latents + (1 - abar).sqrt() * noise, timesteps, context).sample
+        error = (noise_pred - noise).square().mean(dim=(1, 2, 3))
+        snr = (abar / (1 - abar)).flatten()
+        loss = (error * (5 / snr).clamp(max=1)).mean()  # Min-SNR weighting, Hang et al. 2023, gamma 5
+        set_lr(optimizer, 1e-3, run.progress(), run.step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (run.step + 1) / (run.step + 10))
+        torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
+        going = run.tick(mse=error.detach().mean(), weighted=loss.detach())
+    run.save()
+
+
+def stage_export(args):
+    """Write the half-precision model in diffusers' folder layout."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    out = args.out
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    tokenizer.save_pretrained(out / "tokenizer")
+    decoder = "decoder" if (args.work / "decoder.pt").exists() else "vae"
+    load = lambda name, i: torch.load(args.work / f"{name}.pt", weights_only=True)["modules"][i]  # noqa: E731
+    vae, unet, clip = build_vae(), build_unet(), build_clip(tokenizer)
+    vae.load_state_dict(load(decoder, 0))
+    vae.register_to_config(scaling_factor=torch.load(args.work / "latents.pt", weights_only=True)["scale"])
+    unet.load_state_dict(load("unet", 1))
+    clip.load_state_dict(load("clip", 0))
+    text_encoder = CLIPTextModel(CLIPTextConfig(**clip.config.text_config.to_dict()))
+    text_encoder.load_state_dict(clip.text_model.state_dict())
+    for module, part in ((vae, "vae"), (unet, "unet"), (text_encoder, "text_encoder"), (clip, "clip")):
+        module.half().save_pretrained(out / part)
+    (out / "scheduler").mkdir(exist_ok=True)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    preprocess = {
+        "size": {"shortest_edge": world.SIZE},
+        "crop_size": world.SIZE,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 3,
+    }
+    (out / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocess, indent=2) + "\n")
+    index = {
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
+        "_sampling": {"guidance": 4.0, "steps": 25},  # what sample.py draws with where nothing else is asked
+        "feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False,
+        "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }  # fmt: skip
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
+    parser.add_argument(
+        "--minutes", type=float, help="training time of the stage (default: vae 45, decoder 15, clip 15, unet 200)"
+    )
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to export the model to")
+    parser.add_argument("--pictures", type=int, default=48000)
+    parser.add_argument("--vae_batch", type=int, default=16)
+    parser.add_argument("--clip_batch", type=int, default=256)
+    parser.add_argument("--unet_batch", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    minutes = args.minutes
+    for stage in STAGES if args.stage == "all" else [args.stage]:
+        args.minutes = minutes or {"vae": 45, "decoder": 15, "clip": 15, "unet": 200}.get(stage, 0)
+        torch.manual_seed(0)
+        globals()[f"stage_{stage}"](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): teach a frozen Stable Diffusion a word from a few pictures.
+
+python train.py                         # on the embedded model, no network: minutes on two CPU cores
+python train.py --model CompVis/stable-diffusion-v1-4 --images my_cat --placeholder_token "<kat>" \\
+    --initializer_token cat             # the real thing
+
+All that is learned is the new word's row (or rows) in the text encoder's token table. The reading order:
+`inversion_loss` below, `train`, then LearnedEmbedding and NoiseSchedule in model_utils.py, draw_batch in data.py.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import model_utils as mu
+import sample
+from model_utils import UserError
+
+
+def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule):
+    """How wrong the frozen UNet is about the noise in each picture -> loss [B]. The place to experiment.
+
+    latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
+    word. Equation 2 of Gal et al. 2022, the mean squared error of DDPM (Ho et al. 2020, equation 14).
+    """
+    noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
+    noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample  # [B, 4, h, w]
+    target = schedule.target(latents, noise, timesteps)  # the noise itself, or v
+    return (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # [B]
+
+
+def draw_timesteps(batch_size, num_train_timesteps, generator):
+    """Timesteps [B], one from each of B equal parts of the range: each is uniform, together they are spread evenly."""
+    parts = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
+    return (parts * num_train_timesteps / batch_size).long().clamp(max=num_train_timesteps - 1)
+
+
+def learning_rate(step, args):
+    """The rate of step 0, 1, ... --steps - 1."""
+    peak = args.lr * (args.batch_size * args.grad_accum if args.scale_lr else 1)
+    if step < args.lr_warmup_steps:
+        return peak * (step + 1) / args.lr_warmup_steps
+    done = (step - args.lr_warmup_steps) / max(1, args.steps - args.lr_warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return peak * factor[args.lr_scheduler]
+
+
+def step_generator(seed, step):
+    """All that is random in a step comes from (seed, step): a resumed run needs no saved random state."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
+def train(args):
+    """Learn the word. Returns the folder that holds it."""
+    # 1. The pictures, and what the VAE makes of them: then the VAE is gone
+    device = mu.choose_device(args.device)
+    dtype = mu.choose_dtype(args.precision, device)
+    source = {"revision": args.revision, "variant": args.variant}
+    tokenizer = mu.load_tokenizer(args.model, args.revision)
+    start_id = mu.initializer_id(tokenizer, args.initializer_token)
+    token_ids = mu.add_placeholder(tokenizer, args.placeholder_token, args.num_vectors)
+    placeholders = {args.placeholder_token: token_ids}
+    schedule = mu.load_schedule(args.model, args.revision).to(device)
+    vae = mu.load_vae(args.model, device, **source)
+    args.resolution = args.resolution or vae.config.sample_size
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.resolution < 1 or args.resolution % factor:
+        raise UserError(f"--resolution {args.resolution}: this model needs a multiple of {factor} pixels.")
+    images, _ = data.load_images(args.images, args.resolution, args.center_crop)  # [N, 3, R, R]
+    cache = data.encode_dataset(vae, images, mu.encode_images)
+    fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    examples = mu.to_pil(images[:4])
+    del vae, images
+
+    # 2. The frozen model and the rows that learn, which begin as the initializer word
+    text_encoder = mu.load_text_encoder(args.model, device, dtype, **source)
+    unet = mu.load_unet(args.model, device, dtype, **source)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    table = text_encoder.get_input_embeddings().weight
+    start_rows = table[[start_id] * args.num_vectors].float()  # [n, dim]
+    vocabulary_norm = table.float().norm(dim=1).median().item()
+    learned_rows = mu.install_learned_rows(text_encoder, token_ids, start_rows).learned_rows
+    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
+    sentences = [template.format(args.placeholder_token) for template in templates]
+    template_ids = mu.tokenize(tokenizer, sentences, placeholders)  # [T, L]
+
+    # fused: the optimizer itself skips a step with infinite gradients and the loop never waits for the device
+    optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)
+    # fp16 gradients are scaled up lest they vanish. With the scale 1 the scaler only looks out for infinite ones.
+    fp16 = dtype == torch.float16
+    scaler = torch.amp.GradScaler(
+        device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**30
+    )
+
+    # 3. The run's folder
+    folder = Path(args.output_dir)
+    log_path, state_path, preview_path = folder / "log.jsonl", folder / "state.pt", folder / "preview.png"
+    first_step, log_lines = 0, []
+    if args.resume:
+        state = load_state(state_path)
+        if state["images"] != fingerprint:
+            raise UserError(f"--images {args.images}: the pictures are not those that {folder} began with.")
+        learned_rows.data.copy_(state["rows"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        first_step = state["step"]
+        lines = log_path.read_text().splitlines() if log_path.exists() else []
+        log_lines = [line for line in lines if json.loads(line)["step"] <= first_step]
+    config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+    mu.atomic_write(
+        folder / "config.json", lambda f: f.write(json.dumps(config, indent=1, ensure_ascii=False).encode())
+    )
+    mu.atomic_write(log_path, lambda f: f.write("".join(line + "\n" for line in log_lines).encode()))
+
+    def save(step):
+        state = {
+            "rows": learned_rows.detach().cpu(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        state |= {"step": step, "images": fingerprint}
+        mu.atomic_write(state_path, lambda f: torch.save(state, f))
+        save_word = lambda name, **kind: mu.save_embedding(  # noqa: E731
+            folder / name, args.placeholder_token, learned_rows, args.model, {"step": step}, **kind
+        )
+        save_word("learned_embeds.safetensors")
+        if args.save_bin:
+            save_word("learned_embeds.bin", bin=True)
+
+    def parts():  # what sample.py draws with; the VAE is there only as long as this is kept
+        vae = mu.load_vae(args.model, "cpu", **source)
+        return sample.Parts(tokenizer, text_encoder, vae, unet, schedule, placeholders)
+
+    def preview(step):
+        prompt = args.preview_prompt or sample.PHOTO_PROMPT[args.learnable_property].format(args.placeholder_token)
+        how = sampling_defaults(args.model) | {"height": args.resolution, "width": args.resolution}
+        drawings = list(sample.draw(parts(), [prompt] * 4, range(args.seed, args.seed + 4), **how, progress=False))
+        add_preview_row(preview_path, drawings, f"step {step}", 1 + math.ceil(step / args.preview_steps))
+
+    if not args.resume:
+        preview_path.unlink(missing_ok=True)
+        if args.preview_steps:
+            add_preview_row(preview_path, examples, "training pictures", 0)
+            preview(0)
+
+    # 4. The loop
+    stop = []  # Ctrl-C asks for an end after the step under way; a second one ends at once
+    previous = signal.signal(
+        signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL))
+    )
+    loss_sum, steps_since_log = torch.zeros((), device=device), 0
+    bar = tqdm(
+        total=args.steps, initial=first_step, desc=f"learning {args.placeholder_token}", unit="step", disable=None
+    )
+    step = first_step
+    try:
+        while step < args.steps and not stop:
+            generator = step_generator(args.seed, step)
+            batch = data.draw_batch(cache, template_ids, args.batch_size * args.grad_accum, generator)
+            timesteps = draw_timesteps(len(batch.latents), schedule.num_train_timesteps, generator)
+            # dealt out in turns, so that each micro-batch has timesteps from the whole range
+            for i in range(args.grad_accum):
+                tensors = (batch.latents, batch.noise, timesteps, batch.token_ids)
+                latents, noise, t, ids = (x[i :: args.grad_accum].to(device, non_blocking=True) for x in tensors)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    text_embeddings = mu.encode_tokens(text_encoder, ids)  # [B, L, dim]
+                    loss = inversion_loss(unet, latents, noise, t, text_embeddings, schedule)  # [B]
+                loss = loss.float().mean() / args.grad_accum
+                scaler.scale(loss).backward()  # reaches learned_rows alone: nothing else requires a gradient
+                loss_sum += loss.detach()
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_([learned_rows], 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            scaler.step(optimizer)  # not if a gradient is infinite or NaN
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            step, steps_since_log = step + 1, steps_since_log + 1
+            bar.update()
+
+            last = step == args.steps or stop
+            saving = step % args.save_steps == 0 or last
+            if step % args.log_steps == 0 or saving:  # here alone the loop waits for the device
+                taken = int(optimizer.state[learned_rows]["step"])
+                if not learned_rows.isfinite().all():
+                    raise UserError(
+                        f"--lr {args.lr}: the word is no longer finite; try a lower one (kept: the last save)."
+                    )
+                row = {
+                    "step": step, "loss": loss_sum.item() / steps_since_log, "lr": learning_rate(step - 1, args),
+                    "grad_norm": grad_norm.item(), "row_norm": learned_rows.norm(dim=1).mean().item(),
+                    "vocabulary_norm": vocabulary_norm, "skipped_steps": step - taken,
+                    "cosine_to_start": torch.cosine_similarity(learned_rows, start_rows).mean().item(),
+                }  # fmt: skip
+                with log_path.open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                bar.set_postfix(loss=f"{row['loss']:.4f}", norm=f"{row['row_norm']:.2f}")
+                loss_sum.zero_()
+                steps_since_log = 0
+            if saving:
+                save(step)
+            if args.preview_steps and (step % args.preview_steps == 0 or step == args.steps):
+                preview(step)
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, previous)
+    if step < args.steps:
+        print(f"stopped after step {step}, all is saved; go on with: python train.py --resume --output_dir {folder}")
+        sys.exit(130)
+
+    # 5. How well it went, where a CLIP is at hand
+    if (Path(args.model) / "clip").is_dir() and args.score:
+        words = [args.initializer_token, args.placeholder_token]
+        pictures = mu.to_pil(data.load_images(args.images, args.resolution, args.center_crop)[0])
+        how = {**sampling_defaults(args.model), "batch_size": 32}
+        judge = sample.load_clip(args.model, device=device)
+        scores = sample.score_embedding(parts(), judge, pictures, words, args.learnable_property, seed=args.seed, **how)
+        sample.report_scores(scores, folder / "scores.json")
+    print(f"embedding  {folder / 'learned_embeds.safetensors'}\nlog        {log_path}")
+    if preview_path.exists():
+        print(f"preview    {preview_path}")
+    sentence = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
+    prompt = sentence[args.learnable_property].format(args.placeholder_token)
+    print(f'try next   python sample.py --embedding {folder} --prompt "{prompt}"')
+    return folder
+
+
+def sampling_defaults(model):
+    """Steps and guidance that the model's folder advises."""
+    return sample.read_json(Path(model, "model_index.json")).get("_sampling", {})
+
+
+def add_preview_row(path, drawings, caption, keep):
+    """Add a row of PIL pictures below the first `keep` rows of the sheet (rows of a later step are from a lost try)."""
+    row = sample.image_grid(drawings, 4, [caption])
+    sheet = Image.new("RGB", (4 * (drawings[0].width + 2), (keep + 1) * row.height), "white")
+    if keep:
+        with Image.open(path) as old:
+            sheet.paste(old.crop((0, 0, old.width, min(old.height, keep * row.height))))
+    sheet.paste(row, (0, keep * row.height))
+    mu.atomic_write(path, lambda buffer: sheet.save(buffer, format="PNG"))
+
+
+def load_state(path):
+    """The checkpoint of a run. UserError if there is none or it is damaged."""
+    if not path.exists():
+        raise UserError(f"--resume: there is no checkpoint {path}; name the run's folder with --output_dir.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"--resume: the checkpoint {path} is damaged; begin anew with --overwrite.") from error
+
+
+# --- Options ----------------------------------------------------------------------------------------------------------
+
+# what may differ when a run is resumed; anything else would change its course
+FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
+FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing"}
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(
+        description="Teach a frozen Stable Diffusion a new word.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    concept = str(Path(mu.DEFAULT_MODEL) / "concepts" / "kat")
+    add = parser.add_argument_group("the model and the word").add_argument
+    add(
+        "--model",
+        "--pretrained_model_name_or_path",
+        default=mu.DEFAULT_MODEL,
+        help="folder or Hub id, diffusers layout",
+    )
+    add("--revision", help="of a Hub id")
+    add("--variant", help="of the weight files, such as fp16")
+    add("--images", "--train_data_dir", default=concept, help="folder of pictures, 3 to 9 are usual")
+    add("--placeholder_token", default="<kat>", help="the new word")
+    add("--initializer_token", default="cat", help="the word it begins as")
+    add("--learnable_property", choices=["object", "style"], default="object", help="what the word means")
+    add("--num_vectors", type=int, default=1, help="rows that the word has")
+    add("--resolution", type=int, help="pixels, default: the model's own")
+    add("--center_crop", action="store_true", help="always done, accepted for old notes: pictures are never squashed")
+    add = parser.add_argument_group("learning").add_argument
+    add("--steps", "--max_train_steps", type=int, default=300, help="steps of the optimizer")
+    add("--batch_size", "--train_batch_size", type=int, default=8, help="pictures at a time")
+    add("--grad_accum", "--gradient_accumulation_steps", type=int, default=1, help="batches in a step")
+    add("--lr", "--learning_rate", type=float, default=5e-3, help="learning rate")
+    add("--scale_lr", action="store_true", help="multiply --lr by pictures a step")
+    add("--lr_scheduler", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up")
+    add("--lr_warmup_steps", type=int, default=10, help="steps to reach --lr in")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    add(
+        "--precision",
+        "--mixed_precision",
+        choices=["auto", "no", "fp32", "fp16", "bf16"],
+        default="auto",
+        help="of the frozen weights",
+    )
+    add("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    add = parser.add_argument_group("the run's folder").add_argument
+    add("--output_dir", "--out", help="default: the next free of runs/<word>, runs/<word>-2, ...")
+    add("--overwrite", action="store_true", help="begin anew in an --output_dir that holds a run")
+    add(
+        "--resume",
+        "--resume_from_checkpoint",
+        nargs="?",
+        const="latest",
+        help="go on with a run: this folder, --output_dir or the newest",
+    )
+    add("--save_steps", "--checkpointing_steps", type=int, default=100, help="between checkpoints")
+    add("--save_bin", action="store_true", help="write learned_embeds.bin too")
+    add("--log_steps", type=int, default=20, help="between lines of log.jsonl")
+    add("--preview_steps", "--validation_steps", type=int, default=100, help="between previews, 0 for none")
+    add("--preview_prompt", "--validation_prompt", help="default: a photo of the word")
+    add("--score", action=argparse.BooleanOptionalAction, default=True, help="at the end, if the model has a clip/")
+    return parser
+
+
+def parse_options(argv=None):
+    """Options from the command line; a resumed run takes its own where none are given. UserError if they cannot be."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name in ("num_vectors", "steps", "batch_size", "grad_accum", "save_steps", "log_steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more.")
+    if not args.lr > 0 or args.preview_steps < 0 or args.lr_warmup_steps < 0 or args.seed < 0:
+        raise UserError("--lr must be above 0; --preview_steps, --lr_warmup_steps and --seed must not be below 0.")
+    name = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_") or "word"
+    runs = [Path("runs", name), *(Path("runs", f"{name}-{i}") for i in range(2, 10000))]
+    if args.resume:
+        begun = [run for run in runs if (run / "state.pt").exists()]
+        newest = str(max(begun, key=lambda run: (run / "state.pt").stat().st_mtime, default=runs[0]))
+        folder = args.output_dir or (newest if args.resume == "latest" else args.resume)
+        load_state(Path(folder, "state.pt"))
+        config = sample.read_json(Path(folder, "config.json"))
+        parser.set_defaults(**config)
+        args = parser.parse_args(argv)
+        args.output_dir = folder
+        changed = [k for k, v in config.items() if k not in FREE_TO_CHANGE and getattr(args, k, v) != v]
+        if changed:
+            said = ", ".join(f"--{k} was {config[k]!r} and is now {getattr(args, k)!r}" for k in changed)
+            raise UserError(f"--resume would change the course of {folder}: {said}; leave it or begin another run.")
+    elif args.output_dir:
+        if (Path(args.output_dir) / "config.json").exists() and not args.overwrite:
+            raise UserError(f"--output_dir {args.output_dir} holds a run: add --resume or --overwrite or name another.")
+    else:
+        args.output_dir = str(next(run for run in runs if not run.exists()))
+    return args
+
+
+def main(argv=None):
+    try:
+        train(parse_options(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
