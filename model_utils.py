@@ -158,7 +158,7 @@ class NoiseSchedule:
 
     alphas_cumprod: torch.Tensor
     prediction_type: str = "epsilon"  # what the UNet predicts: 'epsilon' or 'v_prediction'
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None  # None: each sampler's usual one, as in diffusers
     steps_offset: int = 1
     set_alpha_to_one: bool = False
 

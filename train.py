@@ -160,6 +160,7 @@ def train(args):
         signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL))
     )
     loss_sum, steps_since_log = torch.zeros((), device=device), 0
+    taken, last_taken = 0, first_step  # steps that were not skipped; the last step at which there was a new one
     bar = tqdm(
         total=args.steps, initial=first_step, desc=f"learning {args.placeholder_token}", unit="step", disable=None
     )
@@ -192,11 +193,10 @@ def train(args):
             last = step == args.steps or stop
             saving = step % args.save_steps == 0 or last
             if step % args.log_steps == 0 or saving:  # here alone the loop waits for the device
-                taken = int(optimizer.state[learned_rows]["step"])
+                taken_before, taken = taken, int(optimizer.state[learned_rows]["step"])
+                last_taken = step if taken > taken_before else last_taken
                 if not learned_rows.isfinite().all():
-                    raise UserError(
-                        f"--lr {args.lr}: the word is no longer finite; try a lower one (kept: the last save)."
-                    )
+                    raise UserError(f"--lr {args.lr}: the word is not finite any more; try a lower one (the last save is kept).")
                 row = {
                     "step": step, "loss": loss_sum.item() / steps_since_log, "lr": learning_rate(step - 1, args),
                     "grad_norm": grad_norm.item(), "row_norm": learned_rows.norm(dim=1).mean().item(),
@@ -208,8 +208,10 @@ def train(args):
                 bar.set_postfix(loss=f"{row['loss']:.4f}", norm=f"{row['row_norm']:.2f}")
                 loss_sum.zero_()
                 steps_since_log = 0
-            if saving:
+            if saving or step - last_taken >= 20:
                 save(step)
+            if step - last_taken >= 20:
+                raise UserError(f"no finite gradient since step {last_taken}: try --precision fp32, or a lower --lr.")
             if args.preview_steps and (step % args.preview_steps == 0 or step == args.steps):
                 preview(step)
     finally:

@@ -309,26 +309,22 @@ def stage_latents(args):
 
 
 @torch.no_grad()
-def encode_texts(args):
+def encode_texts(args, sentences):
+    """sentences [N] -> text_embeddings [N, 32, 128] in half precision."""
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     clip = build_clip(tokenizer).to(args.device).eval()
     clip.load_state_dict(torch.load(args.work / "clip.pt", weights_only=True)["modules"][0])
-    return lambda texts: torch.cat(
-        [
-            clip.text_model(tokens(tokenizer, texts[i : i + 512]).to(args.device)).last_hidden_state
-            for i in range(0, len(texts), 512)
-        ]
-    )
+    chunks = tokens(tokenizer, sentences).split(512)
+    return torch.cat([clip.text_model(ids.to(args.device)).last_hidden_state.half().cpu() for ids in chunks])
 
 
 def stage_unet(args):
     device, cache = args.device, torch.load(args.work / "latents.pt", weights_only=True)
     mean, std, scale = cache["mean"], cache["std"], cache["scale"]
-    encode, (_, sentences) = encode_texts(args), load_pictures(args, "train")
-    embeddings = encode(sentences).half()  # [N, 32, 128]
-    empty = encode([""]).half()
+    sentences = load_pictures(args, "train")[1]
+    embeddings = encode_texts(args, [*sentences, ""])  # [N + 1, 32, 128], the last for dropped sentences
     betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
     alphas_cumprod = (1 - betas).cumprod(0).to(device)
     unet = build_unet().to(device)
@@ -343,9 +339,8 @@ def stage_unet(args):
         latents = (
             (mean[picks].float() + std[picks].float() * torch.randn(mean[picks].shape, generator=generator)) * scale
         ).to(device)
-        context = embeddings[picks].float().to(device)
         dropped = torch.rand(n, generator=generator) < 0.1
-        context[dropped] = empty.float().to(device)
+        context = embeddings[torch.where(dropped, len(mean), picks)].float().to(device)
         # one timestep from each of n equal parts of the range: less noise in the gradient than n independent draws
         timesteps = ((torch.arange(n) + torch.rand(n, generator=generator)) * 1000 / n).long().to(device)
         noise = torch.randn(latents.shape, generator=generator).to(device)

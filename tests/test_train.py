@@ -1,0 +1,338 @@
+"""The loop: equal to the classical form, exact after a crash, careful with what is there, and the word moves."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+import data
+import model_utils as mu
+import train
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures with spaces")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def learn(tiny_model, pictures, tmp_path, monkeypatch):
+    """learn(*options, steps=4) runs train.py on the tiny model in an empty folder and returns the run's folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options, steps=4, out="run", word="<kat>"):
+        base = ["--model", tiny_model, "--images", pictures, "--placeholder_token", word, "--steps", str(steps)]
+        base += ["--batch_size", "2", "--preview_steps", "0", "--no-score", "--lr_warmup_steps", "2"]
+        args = train.parse_options([*base, *options, *(["--output_dir", out] if out else [])])
+        return train.train(args).absolute()
+
+    return run
+
+
+def refused(argv, capsys):
+    """Run the command line, expect exit code 2 and one sentence; return it."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and "Traceback" not in "\n".join(lines)
+    return lines[-1]
+
+
+# --- The method -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_and_gradient_equal_the_classical_form(tiny_model, prediction_type):
+    """Whole table trained, all other rows' gradient set to zero, diffusers' noising."""
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
+    timesteps = torch.tensor([0, 250, 600, 999])
+    tokenizer, unet = mu.load_tokenizer(tiny_model), mu.load_unet(tiny_model, "cpu")
+    start = mu.initializer_id(tokenizer, "cat")
+    token_ids = mu.add_placeholder(tokenizer, "<kat>")
+    ids = mu.tokenize(tokenizer, ["a photo of a <kat>", "<kat> <kat>", "a cat", "the <kat> in"], {"<kat>": token_ids})
+
+    text_encoder = mu.load_text_encoder(tiny_model, "cpu")
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    with torch.no_grad():
+        table[token_ids[0]] = table[start]
+    reference = DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler", prediction_type=prediction_type)
+    pred = unet(reference.add_noise(latents, noise, timesteps), timesteps, text_encoder(ids).last_hidden_state).sample
+    target = noise if prediction_type == "epsilon" else reference.get_velocity(latents, noise, timesteps)
+    classical_loss = torch.nn.functional.mse_loss(pred, target)
+    classical_loss.backward()
+    classical_grad = table.grad[token_ids[0]]
+
+    text_encoder = mu.load_text_encoder(tiny_model, "cpu")
+    rows = text_encoder.get_input_embeddings().weight[[start]]
+    learned = mu.install_learned_rows(text_encoder, token_ids, rows)
+    schedule = mu.load_schedule(tiny_model)
+    schedule.prediction_type = prediction_type
+    embeddings = mu.encode_tokens(text_encoder, ids)
+    loss = train.inversion_loss(unet, latents, noise, timesteps, embeddings, schedule)
+    assert loss.shape == (4,)
+    loss.mean().backward()
+    assert loss.mean().item() == pytest.approx(classical_loss.item(), rel=1e-6)
+    torch.testing.assert_close(learned.learned_rows.grad[0], classical_grad, rtol=1e-4, atol=1e-8)
+    assert learned.learned_rows.grad.abs().max() > 0
+
+
+def test_timesteps_are_uniform_and_spread_evenly():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([train.draw_timesteps(8, 1000, generator) for _ in range(2000)])
+    assert draws.min() == 0 and draws.max() == 999
+    assert (draws // 125 == torch.arange(8)).all()  # one from each eighth
+    counts = torch.bincount(train.draw_timesteps(1, 1000, generator).repeat(1), minlength=1000)
+    assert counts.sum() == 1
+    singles = torch.cat([train.draw_timesteps(1, 10, generator) for _ in range(5000)])
+    assert (torch.bincount(singles, minlength=10) - 500).abs().max() < 110  # five standard deviations
+
+
+def test_learning_rate():
+    args = train.build_parser().parse_args(["--lr", "1", "--lr_warmup_steps", "4", "--steps", "14"])
+    rates = [train.learning_rate(step, args) for step in range(14)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0 and rates[9] == pytest.approx(0.5) and 0 < rates[13] < 0.05
+    args.lr_scheduler = "linear"
+    assert train.learning_rate(9, args) == pytest.approx(0.5)
+    args.lr_scheduler, args.scale_lr, args.batch_size, args.grad_accum = "constant", True, 4, 2
+    assert train.learning_rate(13, args) == 8.0
+
+
+def test_every_step_draws_afresh_and_each_seed_is_its_own():
+    draws = {train.step_generator(s, t).initial_seed() for s in range(30) for t in range(100)}
+    assert len(draws) > 2990  # 3000 numbers out of 2**32: hardly ever two alike
+    assert torch.equal(*(torch.randn(3, generator=train.step_generator(5, 7)) for _ in range(2)))
+
+
+def test_accumulation_is_the_same_step(learn):
+    whole = load_file(learn("--batch_size", "4", out="a") / "learned_embeds.safetensors")["<kat>"]
+    parts = load_file(learn("--grad_accum", "2", out="b") / "learned_embeds.safetensors")["<kat>"]
+    torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
+
+
+def test_the_word_moves_and_nothing_else(learn, tiny_model, monkeypatch):
+    kept = {}
+    for part in ("text_encoder", "unet"):
+        load = getattr(mu, f"load_{part}")
+        monkeypatch.setattr(
+            mu, f"load_{part}", lambda *a, load=load, part=part, **k: kept.setdefault(part, load(*a, **k))
+        )
+    folder = learn(steps=5)
+    assert all(p.grad is None for p in kept["unet"].parameters())
+    monkeypatch.undo()
+    fresh = mu.load_unet(tiny_model, "cpu").state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in kept["unet"].state_dict().items())
+    fresh = mu.load_text_encoder(tiny_model, "cpu")
+    table = fresh.get_input_embeddings().weight
+    assert torch.equal(kept["text_encoder"].get_input_embeddings().weight, table)
+    others = {k: v for k, v in kept["text_encoder"].state_dict().items() if "token_embedding" not in k}
+    assert others and all(torch.equal(v, fresh.state_dict()[k]) for k, v in others.items())
+    word = load_file(folder / "learned_embeds.safetensors")["<kat>"]
+    start = table[mu.initializer_id(mu.load_tokenizer(tiny_model), "cat")]
+    assert word.dtype == torch.float32 and (word[0] - start).norm() > 1e-3
+
+
+def test_several_vectors(learn):
+    folder = learn("--num_vectors", "3", "--save_bin")
+    assert load_file(folder / "learned_embeds.safetensors")["<kat>"].shape == (3, 32)
+    assert torch.load(folder / "learned_embeds.bin")["<kat>"].shape == (3, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_half_precision_points_the_same_way(tiny_model, dtype):
+    grads = []
+    for precision in (torch.float32, dtype):
+        text_encoder, unet = (
+            mu.load_text_encoder(tiny_model, "cpu", precision),
+            mu.load_unet(tiny_model, "cpu", precision),
+        )
+        new_id = text_encoder.get_input_embeddings().weight.shape[0]
+        learned = mu.install_learned_rows(text_encoder, [new_id], text_encoder.get_input_embeddings().weight[[5]])
+        generator = torch.Generator().manual_seed(0)
+        latents, noise = (torch.randn(8, 4, 8, 8, generator=generator) for _ in range(2))
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            embeddings = mu.encode_tokens(text_encoder, torch.full((8, 4), new_id))
+            timesteps = torch.arange(8) * 120
+            loss = train.inversion_loss(unet, latents, noise, timesteps, embeddings, mu.load_schedule(tiny_model))
+        assert loss.dtype == torch.float32
+        loss.mean().backward()
+        grads.append(learned.learned_rows.grad.flatten())
+    assert torch.cosine_similarity(*grads, dim=0) > 0.99
+
+
+# --- Crashes ----------------------------------------------------------------------------------------------------------
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("options", [[], ["--grad_accum", "2", "--num_vectors", "2", "--lr_scheduler", "linear"]])
+def test_a_resumed_run_is_the_uninterrupted_one(learn, monkeypatch, options):
+    whole = learn("--save_steps", "2", "--log_steps", "1", *options, steps=7, out="whole")
+    for crash_at in (0, 3, 5):
+        draw, calls = data.draw_batch, []
+
+        def crashing(*args, draw=draw, calls=calls, crash_at=crash_at):
+            calls.append(1)
+            if len(calls) > crash_at:
+                raise Crash
+            return draw(*args)
+
+        out = f"crash{crash_at}"
+        monkeypatch.setattr(data, "draw_batch", crashing)
+        with pytest.raises(Crash):
+            learn("--save_steps", "2", "--log_steps", "1", *options, steps=7, out=out)
+        monkeypatch.setattr(data, "draw_batch", draw)
+        if crash_at < 2:
+            with pytest.raises(mu.UserError, match="no checkpoint"):
+                train.parse_options(["--resume", "--output_dir", out])
+            continue
+        resumed = train.train(train.parse_options(["--resume", "--output_dir", out]))
+        for name in ("learned_embeds.safetensors", "log.jsonl"):
+            assert (resumed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert (whole / "state.pt").stat().st_size < 100_000
+
+
+def test_resuming_with_more_steps_and_not_with_other_options(learn, pictures, tmp_path, capsys):
+    folder = learn()
+    assert json.loads((learn("--resume", steps=6) / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
+    assert "--seed was 0 and is now 3" in refused(["--resume", "--output_dir", str(folder), "--seed", "3"], capsys)
+    assert "--batch_size was 2" in refused(["--resume", "--output_dir", str(folder), "--batch_size", "4"], capsys)
+    for path in Path(pictures).iterdir():
+        image = Image.open(path)
+    extra = Path(pictures) / "extra.png"
+    image.save(extra)
+    try:
+        assert "the pictures are not those" in refused(
+            ["--resume", "--output_dir", str(folder), "--steps", "9"], capsys
+        )
+    finally:
+        extra.unlink()
+    (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:1000])
+    before = (folder / "learned_embeds.safetensors").read_bytes()
+    assert "is damaged" in refused(["--resume", "--output_dir", str(folder)], capsys)
+    assert (folder / "learned_embeds.safetensors").read_bytes() == before
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(learn, monkeypatch, capsys):
+    import signal
+
+    draw, calls = data.draw_batch, []
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return draw(*args)
+
+    whole = learn(steps=6, out="whole")
+    monkeypatch.setattr(data, "draw_batch", interrupting)
+    with pytest.raises(SystemExit) as stop:
+        learn(steps=6, out="stopped")
+    assert stop.value.code == 130
+    assert "stopped after step 3" in capsys.readouterr().out
+    monkeypatch.undo()
+    resumed = train.train(train.parse_options(["--resume", "--output_dir", str(whole.parent / "stopped")]))
+    name = "learned_embeds.safetensors"
+    assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(learn, monkeypatch):
+    loss, calls = train.inversion_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return loss(*args) * (math.nan if len(calls) in (2, 3) else 1)
+
+    monkeypatch.setattr(train, "inversion_loss", broken)
+    folder = learn("--log_steps", "1", steps=5)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().replace("NaN", "null").splitlines()]
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 2, 2, 2]
+    assert rows[0]["row_norm"] == rows[2]["row_norm"] != rows[3]["row_norm"]
+    assert load_file(folder / "learned_embeds.safetensors")["<kat>"].isfinite().all()
+
+
+def test_twenty_such_steps_end_the_run_with_the_last_good_rows(learn, monkeypatch):
+    loss, calls = train.inversion_loss, []
+
+    def broken(*args):
+        calls.append(1)
+        return loss(*args) * (math.nan if len(calls) > 3 else 1)
+
+    monkeypatch.setattr(train, "inversion_loss", broken)
+    with pytest.raises(mu.UserError, match="no finite gradient since step 3.*--precision fp32"):
+        learn("--log_steps", "1", steps=60)
+    assert len(calls) == 23
+    assert load_file("run/learned_embeds.safetensors")["<kat>"].isfinite().all()
+
+
+# --- Folders and mistakes ---------------------------------------------------------------------------------------------
+
+
+def test_runs_never_overwrite_each_other(learn, capsys):
+    assert [learn(steps=1, out=None).name for _ in range(3)] == ["kat", "kat-2", "kat-3"]
+    before = Path("runs/kat/learned_embeds.safetensors").read_bytes()
+    assert "--overwrite" in refused(["--output_dir", "runs/kat"], capsys)
+    assert Path("runs/kat/learned_embeds.safetensors").read_bytes() == before
+    learn("--overwrite", "--seed", "4", steps=1, out="runs/kat")
+    assert Path("runs/kat/learned_embeds.safetensors").read_bytes() != before
+
+
+def test_previews_are_rows_of_one_sheet(learn):
+    folder = learn("--preview_steps", "2", steps=4)
+    with Image.open(folder / "preview.png") as sheet:
+        assert sheet.size == (4 * 18, 4 * (16 + 2 + 14))  # training pictures, then steps 0, 2 and 4
+    learn("--resume", "--preview_steps", "2", steps=6)
+    with Image.open(folder / "preview.png") as sheet:
+        assert sheet.height == 5 * (16 + 2 + 14)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--images", "nowhere"], ["--images", "nowhere"]),
+        (["--images", "empty"], ["--images", "empty"]),
+        (["--placeholder_token", "cat"], ["--placeholder_token", "already a word"]),
+        (["--placeholder_token", "<|endoftext|>"], ["--placeholder_token", "already a word"]),
+        (["--placeholder_token", "my cat"], ["--placeholder_token", "spaces"]),
+        (["--placeholder_token", ""], ["--placeholder_token", "empty"]),
+        (["--initializer_token", "catdog"], ["--initializer_token", "3 tokens"]),
+        (["--initializer_token", ""], ["--initializer_token", "0 tokens"]),
+        (["--model", "no/such/folder"], ["--model"]),
+        (["--steps", "0"], ["--steps", "1 or more"]),
+        (["--lr", "nan"], ["--lr"]),
+        (["--resolution", "13"], ["--resolution", "multiple"]),
+        (["--precision", "fp16", "--device", "cpu"], ["--precision fp16", "bf16"]),
+        (["--resume", "--output_dir", "empty"], ["--resume", "checkpoint"]),
+    ],
+)
+def test_mistakes_get_one_sentence(options, said, tiny_model, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    sentence = refused(["--model", tiny_model, "--images", pictures, "--steps", "1", *options], capsys)
+    assert all(word in sentence for word in said), sentence
+    assert not Path("runs").exists()
+
+
+def test_a_model_that_lacks_a_part(tiny_model, pictures, tmp_path, capsys):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    shutil.rmtree(broken / "unet")
+    out = str(tmp_path / "out")
+    assert "unet" in refused(["--model", str(broken), "--images", pictures, "--output_dir", out], capsys)
