@@ -196,7 +196,9 @@ def train(args):
                 taken_before, taken = taken, int(optimizer.state[learned_rows]["step"])
                 last_taken = step if taken > taken_before else last_taken
                 if not learned_rows.isfinite().all():
-                    raise UserError(f"--lr {args.lr}: the word is not finite any more; try a lower one (the last save is kept).")
+                    raise UserError(
+                        f"--lr {args.lr}: the word is not finite any more; try a lower one. The last save is kept."
+                    )
                 row = {
                     "step": step, "loss": loss_sum.item() / steps_since_log, "lr": learning_rate(step - 1, args),
                     "grad_norm": grad_norm.item(), "row_norm": learned_rows.norm(dim=1).mean().item(),

@@ -1,0 +1,146 @@
+"""The embedded model is really trained, its concepts are new to it, and the default run teaches it a word."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPModel
+
+import data
+import model_utils as mu
+import sample
+import train
+
+MINI_SD = Path(mu.DEFAULT_MODEL)
+sys.path.insert(0, str(MINI_SD))
+
+import world  # noqa: E402
+
+UNSEEN = 977  # a seed that pretrain.py does not use
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    """Pictures the model has not seen [N, 3, 64, 64] in [-1, 1], and their sentences."""
+    images, sentences, _ = world.make_set(200, UNSEEN)
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1, sentences
+
+
+def test_the_concepts_are_kept_out_of_training():
+    rng = random.Random(0)
+    looks = {(c.kind, c.colour, c.pattern) for c in world.OBJECT_CONCEPTS.values()}
+    for _ in range(20000):
+        picture = world.random_picture(rng)
+        assert (picture.kind, picture.colour, picture.pattern) not in looks
+        assert not (picture.style == "pixel art" and picture.tone)
+        assert (picture.style, picture.colour, picture.background) != ("drawing", "white", "blue")
+    names = [*world.OBJECT_CONCEPTS, *world.STYLE_CONCEPTS]
+    assert all(world.is_held_out(world.concept_picture(name, i)) for name in names for i in range(20))
+
+
+def test_the_concepts_on_disk_are_those_of_the_world():
+    for name in [*world.OBJECT_CONCEPTS, *world.STYLE_CONCEPTS]:
+        for i in range(5):
+            with Image.open(MINI_SD / "concepts" / name / f"{i}.png") as image:
+                assert image.size == (64, 64)
+                assert np.array_equal(np.asarray(image), np.asarray(world.draw(world.concept_picture(name, i))))
+
+
+def test_a_picture_is_settled_by_its_description():
+    picture = world.random_picture(random.Random(5))
+    assert world.draw(picture).tobytes() == world.draw(picture).tobytes()
+    assert world.caption(picture, random.Random(1)) == world.caption(picture, random.Random(1))
+
+
+def test_captions_say_what_is_there():
+    picture = world.Picture("cat", "red", "spots", "blue", "crown", "green", "moon", count=2)
+    said = world.noun_phrase(picture, random.Random(0), keep=1.0)
+    assert said.replace("cats", "cat") == "red cat with blue spots and a green crown on the moon"
+
+
+def test_every_word_of_the_world_is_one_token():
+    tokenizer, rng = mu.load_tokenizer(MINI_SD), random.Random(3)
+    words = {word for _ in range(3000) for word in world.caption(world.random_picture(rng), rng).split()}
+    assert len(words) > 90
+    many = {word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) > 1}
+    assert all("-" in word for word in many), many  # close-up
+    assert len(tokenizer) < 1500
+
+
+def test_the_autoencoder_rebuilds_unseen_pictures(unseen):
+    vae = mu.load_vae(MINI_SD, "cpu")
+    mean, _ = mu.encode_images(vae, unseen[0], batch=50)
+    rebuilt = mu.decode_latents(vae, mean * vae.config.scaling_factor, batch=50).clamp(-1, 1)
+    error = (rebuilt - unseen[0]).square().flatten(1).mean(1) / 4
+    assert (-10 * error.log10()).mean() > 24.5  # dB
+    assert (mean * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_clip_matches_unseen_pictures_with_their_sentences(unseen):
+    clip = sample.load_clip(MINI_SD)
+    images, texts = sample.embed(clip, mu.to_pil(unseen[0]), unseen[1])
+    top1 = ((images @ texts.T).argmax(1) == torch.arange(len(images))).float().mean()
+    assert top1 > 0.5  # of 200; chance is 0.005
+
+
+def test_the_text_encoder_is_clips_own():
+    clip, alone = CLIPModel.from_pretrained(MINI_SD / "clip"), mu.load_text_encoder(MINI_SD, "cpu")
+    theirs = {k: v.half() for k, v in clip.text_model.state_dict().items()}
+    assert all(torch.equal(v.half(), theirs[k]) for k, v in alone.state_dict().items())
+
+
+def test_the_unet_knows_noise_and_listens_to_the_sentence(unseen):
+    """Much better than a guess of zero (1.0) on unseen pictures, and better with their sentences than with others."""
+    tokenizer, text_encoder = mu.load_tokenizer(MINI_SD), mu.load_text_encoder(MINI_SD, "cpu")
+    unet, vae, schedule = mu.load_unet(MINI_SD, "cpu"), mu.load_vae(MINI_SD, "cpu"), mu.load_schedule(MINI_SD)
+    latents = mu.encode_images(vae, unseen[0], batch=50)[0] * vae.config.scaling_factor
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = train.draw_timesteps(len(latents), 1000, generator)
+    with torch.no_grad():
+        losses = []
+        for sentences in (unseen[1], [*unseen[1][50:], *unseen[1][:50]]):
+            embeddings = mu.encode_tokens(text_encoder, mu.tokenize(tokenizer, sentences))
+            losses.append(train.inversion_loss(unet, latents, noise, timesteps, embeddings, schedule).mean().item())
+    assert losses[0] < 0.12
+    assert losses[1] > 1.05 * losses[0]
+
+
+def test_the_default_run_moves_the_word_to_the_pictures(tmp_path, monkeypatch):
+    """`python train.py`, shortened: on one fixed batch the learned word explains the pictures better than `cat`."""
+    monkeypatch.chdir(tmp_path)
+    folder = train.train(train.parse_options(["--steps", "40", "--preview_steps", "0", "--no-score"]))
+    assert str(folder) == "runs/kat"
+    rows = load_file(folder / "learned_embeds.safetensors")["<kat>"]
+
+    tokenizer, text_encoder = mu.load_tokenizer(MINI_SD), mu.load_text_encoder(MINI_SD, "cpu")
+    unet, vae, schedule = mu.load_unet(MINI_SD, "cpu"), mu.load_vae(MINI_SD, "cpu"), mu.load_schedule(MINI_SD)
+    token_ids = mu.add_placeholder(tokenizer, "<kat>")
+    learned = mu.install_learned_rows(text_encoder, token_ids, rows)
+    images, _ = data.load_images(MINI_SD / "concepts" / "kat", 64)
+    cache = data.encode_dataset(vae, images, mu.encode_images)
+    ids = mu.tokenize(tokenizer, ["a photo of a <kat>"], {"<kat>": token_ids})
+    generator = torch.Generator().manual_seed(1)
+    batch = data.draw_batch(cache, ids, 32, generator)
+    timesteps = train.draw_timesteps(32, 1000, generator)
+
+    def loss():
+        with torch.no_grad():
+            embeddings = mu.encode_tokens(text_encoder, batch.token_ids)
+            return train.inversion_loss(unet, batch.latents, batch.noise, timesteps, embeddings, schedule).mean().item()
+
+    after = loss()
+    cat = mu.load_text_encoder(MINI_SD, "cpu").get_input_embeddings().weight[[mu.initializer_id(tokenizer, "cat")]]
+    learned.learned_rows.data.copy_(cat)
+    before = loss()
+    assert after < 0.95 * before
+
+
+def test_drawing_advice_of_the_model_folder():
+    assert json.loads((MINI_SD / "model_index.json").read_text())["_sampling"]["steps"] == 25
