@@ -127,8 +127,8 @@ def test_parts_are_frozen(tiny_model):
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
 
-def test_parts_load_in_silence_files_of_2022_too(tiny_model, tmp_path):
-    """The old text encoders' keys begin with text_model and position_ids is one: transformers reports it at length."""
+def test_parts_load_in_silence_files_of_another_time_too(tiny_model, tmp_path):
+    """In 2022 the text encoders' keys began with text_model and position_ids was one; and options come and go."""
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     encoder = LOADERS["text_encoder"](tiny_model)
@@ -138,6 +138,9 @@ def test_parts_load_in_silence_files_of_2022_too(tiny_model, tmp_path):
     loaded = LOADERS["text_encoder"](str(model)).state_dict()
     assert loaded.keys() == encoder.state_dict().keys()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in encoder.state_dict().items())
+
+    config = model / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"of_another_time": 1}))
 
     program = (  # a process of its own: the libraries' loggers keep the stderr they began with
         "import model_utils as m\n"
