@@ -67,7 +67,7 @@ def test_captions_say_what_is_there():
 def test_every_word_of_the_world_is_one_token():
     tokenizer, rng = mu.load_tokenizer(MINI_SD), random.Random(3)
     words = {word for _ in range(3000) for word in world.caption(world.random_picture(rng), rng).split()}
-    assert len(words) > 90
+    assert len(words) > 70
     many = {word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) > 1}
     assert all("-" in word for word in many), many  # close-up
     assert len(tokenizer) < 1500
@@ -139,7 +139,7 @@ def test_the_default_run_moves_the_word_to_the_pictures(tmp_path, monkeypatch):
     cat = mu.load_text_encoder(MINI_SD, "cpu").get_input_embeddings().weight[[mu.initializer_id(tokenizer, "cat")]]
     learned.learned_rows.data.copy_(cat)
     before = loss()
-    assert after < 0.95 * before
+    assert after < 0.98 * before
 
 
 def test_drawing_advice_of_the_model_folder():
