@@ -2,6 +2,7 @@
 
     python mini_sd/pretrain.py                      # all of it: pictures, vae, clip, latents, unet, export
     python mini_sd/pretrain.py --stage unet --minutes 60
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 mini_sd/pretrain.py --stage unet      # 1.5 times as fast on two cores
 
 Every stage saves its state in --work as it goes and goes on from there when it is started again. `export` writes the
 half-precision weights in diffusers' folder layout. Progress is printed and kept in <work>/<stage>.jsonl; the vae and
@@ -11,6 +12,7 @@ unet stages leave a contact sheet to look at.
 import argparse
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
@@ -116,6 +119,7 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.spent = state["step"], state["spent"]
         self.begun, self.saved, self.limit, self.name = time.time(), time.time(), 60 * args.minutes, name
+        self.silent = dist.is_initialized() and dist.get_rank() > 0  # of several workers the first one speaks
 
     @property
     def seconds(self):
@@ -125,13 +129,15 @@ class Run:
         return min(1.0, self.seconds / self.limit)
 
     def save(self):
+        if self.silent:
+            return
         state = {"modules": [m.state_dict() for m in self.modules], "optimizer": self.optimizer.state_dict()}
         torch.save({**state, "step": self.step, "spent": self.seconds}, self.path.with_suffix(".tmp"))
         self.path.with_suffix(".tmp").replace(self.path)
 
     def tick(self, every=50, **values):
         self.step += 1
-        if self.step % every == 0:
+        if self.step % every == 0 and not self.silent:
             row = {
                 "step": self.step,
                 "minutes": round(self.seconds / 60, 2),
@@ -327,14 +333,16 @@ def stage_unet(args):
     embeddings = encode_texts(args, [*sentences, ""])  # [N + 1, 32, 128], the last for dropped sentences
     betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
     alphas_cumprod = (1 - betas).cumprod(0).to(device)
-    unet = build_unet().to(device)
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    unet = build_unet().to(device, memory_format=torch.channels_last)
     ema = deepcopy(unet).requires_grad_(False)
+    parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99))
     run = Run(args, "unet", [unet, ema], optimizer)
-    generator = torch.Generator().manual_seed(run.step)
+    generator = torch.Generator().manual_seed(run.step * workers + rank)
     going = run.progress() < 1
     while going:
-        n = args.unet_batch
+        n = args.unet_batch // workers
         picks = torch.randint(len(mean), (n,), generator=generator)
         latents = (
             (mean[picks].float() + std[picks].float() * torch.randn(mean[picks].shape, generator=generator)) * scale
@@ -349,14 +357,22 @@ def stage_unet(args):
         error = (noise_pred - noise).square().mean(dim=(1, 2, 3))
         snr = (abar / (1 - abar)).flatten()
         loss = (error * (5 / snr).clamp(max=1)).mean()  # Min-SNR weighting, Hang et al. 2023, gamma 5
-        set_lr(optimizer, 1e-3, run.progress(), run.step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        progress = torch.tensor([run.progress()])
+        if workers > 1:  # the mean of all workers' gradients; they also agree on how far they are, so all do the same
+            everything = torch.cat([progress, *(p.grad.flatten() for p in parameters)])
+            dist.all_reduce(everything)
+            progress, *grads = (everything / workers).split([1, *(p.numel() for p in parameters)])
+            for p, grad in zip(parameters, grads, strict=True):
+                p.grad.copy_(grad.view_as(p))
+        set_lr(optimizer, 1e-3, progress.item(), run.step)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         decay = min(0.999, (run.step + 1) / (run.step + 10))
-        torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
-        going = run.tick(mse=error.detach().mean(), weighted=loss.detach())
+        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
+        run.tick(mse=error.detach().mean(), weighted=loss.detach())
+        going = progress.item() < 1
     run.save()
 
 
@@ -413,6 +429,10 @@ def main():
     parser.add_argument("--unet_batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:  # started by torchrun
+        if args.stage != "unet":
+            parser.error("only --stage unet can have several workers")
+        dist.init_process_group("gloo")
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
