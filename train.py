@@ -107,7 +107,8 @@ def train(args):
     folder = Path(args.output_dir)
     log_path, state_path, preview_path = folder / "log.jsonl", folder / "state.pt", folder / "preview.png"
     first_step, log_lines = 0, []
-    if args.resume:
+    going_on = args.resume and state_path.exists()  # a run that was killed before its first checkpoint begins anew
+    if going_on:
         state = load_state(state_path)
         if state["images"] != fingerprint:
             raise UserError(f"--images {args.images}: the pictures are not those that {folder} began with.")
@@ -148,7 +149,7 @@ def train(args):
         drawings = list(sample.draw(parts(), [prompt] * 4, range(args.seed, args.seed + 4), **how, progress=False))
         add_preview_row(preview_path, drawings, f"step {step}", 1 + math.ceil(step / args.preview_steps))
 
-    if not args.resume:
+    if not going_on:
         preview_path.unlink(missing_ok=True)
         if args.preview_steps:
             add_preview_row(preview_path, examples, "training pictures", 0)
@@ -249,7 +250,7 @@ def add_preview_row(path, drawings, caption, keep):
     """Add a row of PIL pictures below the first `keep` rows of the sheet (rows of a later step are from a lost try)."""
     row = sample.image_grid(drawings, 4, [caption])
     sheet = Image.new("RGB", (4 * (drawings[0].width + 2), (keep + 1) * row.height), "white")
-    if keep:
+    if keep and path.exists():
         with Image.open(path) as old:
             sheet.paste(old.crop((0, 0, old.width, min(old.height, keep * row.height))))
     sheet.paste(row, (0, keep * row.height))
@@ -345,11 +346,12 @@ def parse_options(argv=None):
     name = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_") or "word"
     runs = [Path("runs", name), *(Path("runs", f"{name}-{i}") for i in range(2, 10000))]
     if args.resume:
-        begun = [run for run in runs if (run / "state.pt").exists()]
-        newest = str(max(begun, key=lambda run: (run / "state.pt").stat().st_mtime, default=runs[0]))
+        begun = [run for run in runs if (run / "config.json").exists()]
+        newest = str(max(begun, key=lambda run: (run / "config.json").stat().st_mtime, default=runs[0]))
         folder = args.output_dir or (newest if args.resume == "latest" else args.resume)
-        load_state(Path(folder, "state.pt"))
         config = sample.read_json(Path(folder, "config.json"))
+        if not config or Path(folder, "learned_embeds.safetensors").exists():
+            load_state(Path(folder, "state.pt"))
         parser.set_defaults(**config)
         args = parser.parse_args(argv)
         args.output_dir = folder

@@ -100,6 +100,20 @@ def test_pictures_equal_diffusers_for_every_schedule(
     compare(theirs, parts, model, sampler, PROMPTS[:1], 7, 5.0)
 
 
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_pictures_of_mini_sd_equal_diffusers(tmp_path, sampler):
+    rows = torch.randn(2, 128, generator=torch.Generator().manual_seed(3)) / 50
+    mu.save_embedding(tmp_path / "kat.safetensors", "<kat>", rows, "mini_sd")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(
+        mu.DEFAULT_MODEL, low_cpu_mem_usage=False, torch_dtype=torch.float32
+    )
+    pipe.load_textual_inversion(str(tmp_path / "kat.safetensors"))
+    pipe.set_progress_bar_config(disable=True)
+    ours, prompts = load_parts(mu.DEFAULT_MODEL, {tmp_path / "kat.safetensors": None}), ["a photo of a <kat> at night"]
+    for steps, guidance, negative_prompt in ((1, 0.0, ""), (5, 1.0, ""), (12, 7.5, ""), (9, 7.5, "a red hat")):
+        compare(pipe, ours, mu.DEFAULT_MODEL, sampler, prompts, steps, guidance, negative_prompt)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
 def test_pictures_equal_diffusers_without_a_spacing(theirs, parts, tiny_model, tmp_path, sampler):
     """Stable Diffusion 1.4's file names none: each of diffusers' schedulers then has a default of its own."""
