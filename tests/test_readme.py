@@ -48,3 +48,10 @@ def test_every_change_applies_and_runs(diff, tiny_model):
 
 def test_there_are_diffs():
     assert len(DIFFS) >= 3
+
+
+def test_every_test_that_is_named_exists():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", README)
+    assert len(named) > 20
+    assert all(f"def {name}" in tests for name in named), [name for name in named if f"def {name}" not in tests]
