@@ -14,6 +14,7 @@ import json
 import math
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +117,12 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first_step = state["step"]
-        lines = log_path.read_text().splitlines() if log_path.exists() else []
-        log_lines = [line for line in lines if json.loads(line)["step"] <= first_step]
+        for line in log_path.read_text().splitlines() if log_path.exists() else []:
+            with suppress(ValueError):  # a kill or a full disk can leave half a line at the end
+                log_lines += [line] if json.loads(line)["step"] <= first_step else []
+    else:  # with --overwrite there may be another run's
+        state_path.unlink(missing_ok=True)
+        preview_path.unlink(missing_ok=True)
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
     mu.atomic_write(
         folder / "config.json", lambda f: f.write(json.dumps(config, indent=1, ensure_ascii=False).encode())
@@ -149,11 +154,9 @@ def train(args):
         drawings = list(sample.draw(parts(), [prompt] * 4, range(args.seed, args.seed + 4), **how, progress=False))
         add_preview_row(preview_path, drawings, f"step {step}", 1 + math.ceil(step / args.preview_steps))
 
-    if not going_on:
-        preview_path.unlink(missing_ok=True)
-        if args.preview_steps:
-            add_preview_row(preview_path, examples, "training pictures", 0)
-            preview(0)
+    if args.preview_steps and not going_on:
+        add_preview_row(preview_path, examples, "training pictures", 0)
+        preview(0)
 
     # 4. The loop
     stop = []  # Ctrl-C asks for an end after the step under way; a second one ends at once
@@ -260,7 +263,9 @@ def add_preview_row(path, drawings, caption, keep):
 def load_state(path):
     """The checkpoint of a run. UserError if there is none or it is damaged."""
     if not path.exists():
-        raise UserError(f"--resume: there is no checkpoint {path}; name the run's folder with --output_dir.")
+        raise UserError(
+            f"--resume: there is no checkpoint {path}; name a run's folder, or begin anew with --overwrite."
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -1,6 +1,6 @@
 """Train mini_sd from nothing: a very small but complete Stable Diffusion, on the pictures of world.py.
 
-    python mini_sd/pretrain.py                      # all of it: pictures, vae, clip, latents, unet, export
+    python mini_sd/pretrain.py                      # all of it, stage by stage
     python mini_sd/pretrain.py --stage unet --minutes 60
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 mini_sd/pretrain.py --stage unet      # 1.5 times as fast on two cores
 
@@ -32,7 +32,7 @@ import world  # noqa: E402
 
 TRAIN_SEED, TEST_SEED = 1, 2
 TEXT_LENGTH = 32
-STAGES = ["pictures", "tokenizer", "vae", "latents", "decoder", "clip", "unet", "export"]
+STAGES = ["pictures", "tokenizer", "vae", "latents", "decoder", "clip", "texts", "unet", "export"]
 SCHEDULER = {  # Stable Diffusion 1.4's own
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
@@ -315,29 +315,36 @@ def stage_latents(args):
 
 
 @torch.no_grad()
-def encode_texts(args, sentences):
-    """sentences [N] -> text_embeddings [N, 32, 128] in half precision."""
+def stage_texts(args):
+    """text_embeddings of every sentence [N, 32, 128], once, and of the empty one, last; in half precision."""
     from transformers import CLIPTokenizer
 
+    if (args.work / "texts.pt").exists():
+        return
+    sentences = load_pictures(args, "train")[1]
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     clip = build_clip(tokenizer).to(args.device).eval()
     clip.load_state_dict(torch.load(args.work / "clip.pt", weights_only=True)["modules"][0])
-    chunks = tokens(tokenizer, sentences).split(512)
-    return torch.cat([clip.text_model(ids.to(args.device)).last_hidden_state.half().cpu() for ids in chunks])
+    chunks = tokens(tokenizer, [*sentences, ""]).split(512)
+    embeddings = [clip.text_model(ids.to(args.device)).last_hidden_state.half().cpu() for ids in chunks]
+    torch.save(torch.cat(embeddings), args.work / "texts.pt")
 
 
 def stage_unet(args):
     device, cache = args.device, torch.load(args.work / "latents.pt", weights_only=True)
     mean, std, scale = cache["mean"], cache["std"], cache["scale"]
-    sentences = load_pictures(args, "train")[1]
-    embeddings = encode_texts(args, [*sentences, ""])  # [N + 1, 32, 128], the last for dropped sentences
+    embeddings = torch.load(args.work / "texts.pt", weights_only=True, mmap=True)
     betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
     alphas_cumprod = (1 - betas).cumprod(0).to(device)
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    unet = build_unet().to(device, memory_format=torch.channels_last)
+    unet = build_unet().to(device)
     ema = deepcopy(unet).requires_grad_(False)
     parameters = list(unet.parameters())
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99))
+    # all gradients are views of one tensor, so that they can be exchanged and clipped at once
+    gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)
+    for p, piece in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+        p.grad = piece.view_as(p)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
     run = Run(args, "unet", [unet, ema], optimizer)
     generator = torch.Generator().manual_seed(run.step * workers + rank)
     going = run.progress() < 1
@@ -357,17 +364,16 @@ def stage_unet(args):
         error = (noise_pred - noise).square().mean(dim=(1, 2, 3))
         snr = (abar / (1 - abar)).flatten()
         loss = (error * (5 / snr).clamp(max=1)).mean()  # Min-SNR weighting, Hang et al. 2023, gamma 5
-        optimizer.zero_grad(set_to_none=True)
+        gradient.zero_()
         loss.backward()
         progress = torch.tensor([run.progress()])
         if workers > 1:  # the mean of all workers' gradients; they also agree on how far they are, so all do the same
-            everything = torch.cat([progress, *(p.grad.flatten() for p in parameters)])
-            dist.all_reduce(everything)
-            progress, *grads = (everything / workers).split([1, *(p.numel() for p in parameters)])
-            for p, grad in zip(parameters, grads, strict=True):
-                p.grad.copy_(grad.view_as(p))
+            dist.all_reduce(gradient)
+            dist.all_reduce(progress)
+            gradient /= workers
+            progress /= workers
         set_lr(optimizer, 1e-3, progress.item(), run.step)
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        gradient *= (1 / (gradient.norm() + 1e-6)).clamp(max=1)  # clipped to length 1
         optimizer.step()
         decay = min(0.999, (run.step + 1) / (run.step + 10))
         torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)

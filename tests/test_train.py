@@ -337,6 +337,15 @@ def test_twenty_such_steps_end_the_run_with_the_last_good_rows(learn, monkeypatc
     assert load_file("run/learned_embeds.safetensors")["<kat>"].isfinite().all()
 
 
+def test_rows_that_are_not_finite_are_never_saved(learn, monkeypatch):
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, args: math.nan if step == 3 else rate(step, args))
+    with pytest.raises(mu.UserError, match="--lr .* not finite any more"):
+        learn("--save_steps", "2", "--log_steps", "1", steps=6)
+    assert load_file("run/learned_embeds.safetensors")["<kat>"].isfinite().all()
+    assert torch.load("run/state.pt", weights_only=True)["step"] == 2
+
+
 # --- Folders and mistakes ---------------------------------------------------------------------------------------------
 
 
