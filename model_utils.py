@@ -320,6 +320,14 @@ def install_learned_rows(text_encoder, token_ids, init_rows):
     return embedding
 
 
+@torch.no_grad()
+def nearest_words(tokenizer, table, rows, count=3):
+    """The `count` words of the token table [V, dim] with the largest cosine to each of rows [n, dim] -> n lists."""
+    cosines = F.normalize(rows.float(), dim=1) @ F.normalize(table.float(), dim=1).T  # [n, V]
+    nearest = cosines.topk(min(count, len(table)), dim=1).indices.tolist()
+    return [[word.removesuffix("</w>") for word in tokenizer.convert_ids_to_tokens(ids)] for ids in nearest]
+
+
 # --- Sentences and pictures to tensors, and back ----------------------------------------------------------------------
 
 

@@ -187,6 +187,28 @@ def image_grid(images, columns, captions=()):
     return sheet
 
 
+def plot_curves(panels, path, width=480, height=200):
+    """Write line plots, one below the other, as PNG. panels: {title: [(x, y), ...]}; what is not finite is left out."""
+    sheet = Image.new("RGB", (width, height * len(panels)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (title, points) in enumerate(panels.items()):
+        points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+        left, top, right, bottom = 70, place * height + 30, width - 20, (place + 1) * height - 24
+        pen.text((left, top - 20), title, fill="black")
+        pen.rectangle((left, top, right, bottom), outline="lightgrey")
+        if len(points) < 2:
+            continue
+        (x_low, x_high), (y_low, y_high) = ((min(numbers), max(numbers)) for numbers in zip(*points, strict=True))
+        x_scale, y_scale = (right - left) / (x_high - x_low), (bottom - top) / (y_high - y_low or 1)
+        line = [(left + (x - x_low) * x_scale, bottom - (y - y_low) * y_scale) for x, y in points]
+        pen.line(line, fill="royalblue", width=2, joint="curve")
+        pen.text((left - 6, top), f"{y_high:.3g}", fill="dimgrey", anchor="ra")
+        pen.text((left - 6, bottom), f"{y_low:.3g}", fill="dimgrey", anchor="rd")
+        pen.text((left, bottom + 6), str(x_low), fill="dimgrey")
+        pen.text((right, bottom + 6), f"step {x_high}", fill="dimgrey", anchor="ra")
+    mu.atomic_write(path, lambda buffer: sheet.save(buffer, format="PNG"))
+
+
 def save_png(image, path, settings):
     """Write a PIL picture with the dict `settings` in its text chunks (read back by PIL.Image.open(path).text)."""
     chunks = PngInfo()

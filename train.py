@@ -27,6 +27,8 @@ import model_utils as mu
 import sample
 from model_utils import UserError
 
+FIXED = 2**32  # the number of no step: draws the batch that never changes
+
 
 def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule):
     """How wrong the frozen UNet is about the noise in each picture -> loss [B]. The place to experiment.
@@ -59,6 +61,12 @@ def learning_rate(step, args):
 def step_generator(seed, step):
     """All that is random in a step comes from (seed, step): a resumed run needs no saved random state."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+
+def has_settled(eval_losses, window=15, share=0.15):
+    """True once the loss of the fixed batch only wavers: the variance of its last `window` values is below `share` of
+    that of all. "Is This Loss Informative?", Voronov et al. 2023 (arXiv:2302.04841), equation 5."""
+    return len(eval_losses) > window and np.var(eval_losses[-window:]) < share * np.var(eval_losses)
 
 
 def train(args):
@@ -103,46 +111,38 @@ def train(args):
     scaler = torch.amp.GradScaler(
         device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**30
     )
+    run = Run(args, fingerprint, learned_rows, optimizer, scaler)  # its folder; restores them if it is resumed
 
-    # 3. The run's folder
-    folder = Path(args.output_dir)
-    log_path, state_path, preview_path = folder / "log.jsonl", folder / "state.pt", folder / "preview.png"
-    first_step, log_lines = 0, []
-    going_on = args.resume and state_path.exists()  # a run that was killed before its first checkpoint begins anew
-    if going_on:
-        state = load_state(state_path)
-        if state["images"] != fingerprint:
-            raise UserError(f"--images {args.images}: the pictures are not those that {folder} began with.")
-        learned_rows.data.copy_(state["rows"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        first_step = state["step"]
-        for line in log_path.read_text().splitlines() if log_path.exists() else []:
-            with suppress(ValueError):  # a kill or a full disk can leave half a line at the end
-                log_lines += [line] if json.loads(line)["step"] <= first_step else []
-    else:  # with --overwrite there may be another run's
-        state_path.unlink(missing_ok=True)
-        preview_path.unlink(missing_ok=True)
-    config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
-    mu.atomic_write(
-        folder / "config.json", lambda f: f.write(json.dumps(config, indent=1, ensure_ascii=False).encode())
-    )
-    mu.atomic_write(log_path, lambda f: f.write("".join(line + "\n" for line in log_lines).encode()))
+    # 3. What a step computes, and what is looked at now and then
+    unet_to_train = torch.compile(unet) if args.compile else unet
 
-    def save(step):
-        state = {
-            "rows": learned_rows.detach().cpu(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        }
-        state |= {"step": step, "images": fingerprint}
-        mu.atomic_write(state_path, lambda f: torch.save(state, f))
-        save_word = lambda name, **kind: mu.save_embedding(  # noqa: E731
-            folder / name, args.placeholder_token, learned_rows, args.model, {"step": step}, **kind
-        )
-        save_word("learned_embeds.safetensors")
-        if args.save_bin:
-            save_word("learned_embeds.bin", bin=True)
+    def loss_of(batch, timesteps):  # -> loss [B]
+        tensors = (batch.latents, batch.noise, timesteps, batch.token_ids)
+        latents, noise, t, ids = (x.to(device, non_blocking=True) for x in tensors)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            text_embeddings = mu.encode_tokens(text_encoder, ids)  # [B, L, dim]
+            return inversion_loss(unet_to_train, latents, noise, t, text_embeddings, schedule).float()
+
+    # The loss of a step is mostly chance: each has other pictures, timesteps and noise. That of one batch that never
+    # changes is a curve that can be read.
+    generator = step_generator(args.seed, FIXED)
+    fixed_batch = data.draw_batch(cache, template_ids, args.batch_size, generator)
+    fixed_timesteps = draw_timesteps(args.batch_size, schedule.num_train_timesteps, generator)
+    loss_sums, loss_counts = torch.zeros(4, device=device), torch.zeros(4)  # of each quarter of the timesteps
+
+    def measure(step, grad_norm, skipped_steps):  # -> a line of the log; what is summed since the last one begins anew
+        sums, counts = loss_sums.tolist(), loss_counts.tolist()
+        loss_sums.zero_(), loss_counts.zero_()
+        with torch.no_grad():
+            eval_loss = loss_of(fixed_batch, fixed_timesteps).mean().item()
+        return {
+            "step": step, "loss": sum(sums) / sum(counts), "eval_loss": eval_loss,
+            "loss_by_timestep": [part / n if n else None for part, n in zip(sums, counts, strict=True)],
+            "lr": learning_rate(step - 1, args), "grad_norm": grad_norm,
+            "row_norm": learned_rows.norm(dim=1).mean().item(), "vocabulary_norm": vocabulary_norm,
+            "cosine_to_start": torch.cosine_similarity(learned_rows, start_rows).mean().item(),
+            "nearest": mu.nearest_words(tokenizer, table, learned_rows), "skipped_steps": skipped_steps,
+        }  # fmt: skip
 
     def parts():  # what sample.py draws with; the VAE is there only as long as this is kept
         vae = mu.load_vae(args.model, "cpu", **source)
@@ -152,10 +152,10 @@ def train(args):
         prompt = args.preview_prompt or sample.PHOTO_PROMPT[args.learnable_property].format(args.placeholder_token)
         how = sampling_defaults(args.model) | {"height": args.resolution, "width": args.resolution}
         drawings = list(sample.draw(parts(), [prompt] * 4, range(args.seed, args.seed + 4), **how, progress=False))
-        add_preview_row(preview_path, drawings, f"step {step}", 1 + math.ceil(step / args.preview_steps))
+        run.add_preview_row(drawings, f"step {step}", 1 + math.ceil(step / args.preview_steps))
 
-    if args.preview_steps and not going_on:
-        add_preview_row(preview_path, examples, "training pictures", 0)
+    if args.preview_steps and run.step == 0:
+        run.add_preview_row(examples, "training pictures", 0)
         preview(0)
 
     # 4. The loop
@@ -163,27 +163,22 @@ def train(args):
     previous = signal.signal(
         signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL))
     )
-    loss_sum, steps_since_log = torch.zeros((), device=device), 0
-    taken, last_taken = 0, first_step  # steps that were not skipped; the last step at which there was a new one
-    bar = tqdm(
-        total=args.steps, initial=first_step, desc=f"learning {args.placeholder_token}", unit="step", disable=None
-    )
-    step = first_step
+    taken, last_taken = 0, run.step  # steps that were not skipped; the last step at which there was a new one
+    settled = args.early_stop and has_settled(run.eval_losses())
+    bar = tqdm(total=args.steps, initial=run.step, desc=f"learning {args.placeholder_token}", unit="step", disable=None)
+    step = run.step
     try:
-        while step < args.steps and not stop:
+        while step < args.steps and not stop and not settled:
             generator = step_generator(args.seed, step)
             batch = data.draw_batch(cache, template_ids, args.batch_size * args.grad_accum, generator)
             timesteps = draw_timesteps(len(batch.latents), schedule.num_train_timesteps, generator)
-            # dealt out in turns, so that each micro-batch has timesteps from the whole range
-            for i in range(args.grad_accum):
-                tensors = (batch.latents, batch.noise, timesteps, batch.token_ids)
-                latents, noise, t, ids = (x[i :: args.grad_accum].to(device, non_blocking=True) for x in tensors)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    text_embeddings = mu.encode_tokens(text_encoder, ids)  # [B, L, dim]
-                    loss = inversion_loss(unet, latents, noise, t, text_embeddings, schedule)  # [B]
-                loss = loss.float().mean() / args.grad_accum
-                scaler.scale(loss).backward()  # reaches learned_rows alone: nothing else requires a gradient
-                loss_sum += loss.detach()
+            for i in range(args.grad_accum):  # dealt out in turns: each micro-batch has timesteps of the whole range
+                micro_batch, t = data.Batch(*(x[i :: args.grad_accum] for x in batch)), timesteps[i :: args.grad_accum]
+                loss = loss_of(micro_batch, t)  # [B]
+                scaler.scale(loss.mean() / args.grad_accum).backward()  # reaches learned_rows: nothing else can learn
+                quarters = t * 4 // schedule.num_train_timesteps
+                loss_sums.index_add_(0, quarters.to(device, non_blocking=True), loss.detach())
+                loss_counts += quarters.bincount(minlength=4)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_([learned_rows], 1.0)
             for group in optimizer.param_groups:
@@ -191,11 +186,10 @@ def train(args):
             scaler.step(optimizer)  # not if a gradient is infinite or NaN
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            step, steps_since_log = step + 1, steps_since_log + 1
+            step += 1
             bar.update()
 
-            last = step == args.steps or stop
-            saving = step % args.save_steps == 0 or last
+            saving = step % args.save_steps == 0 or step == args.steps or stop
             if step % args.log_steps == 0 or saving:  # here alone the loop waits for the device
                 taken_before, taken = taken, int(optimizer.state[learned_rows]["step"])
                 last_taken = step if taken > taken_before else last_taken
@@ -203,27 +197,23 @@ def train(args):
                     raise UserError(
                         f"--lr {args.lr}: the word is not finite any more; try a lower one. The last save is kept."
                     )
-                row = {
-                    "step": step, "loss": loss_sum.item() / steps_since_log, "lr": learning_rate(step - 1, args),
-                    "grad_norm": grad_norm.item(), "row_norm": learned_rows.norm(dim=1).mean().item(),
-                    "vocabulary_norm": vocabulary_norm, "skipped_steps": step - taken,
-                    "cosine_to_start": torch.cosine_similarity(learned_rows, start_rows).mean().item(),
-                }  # fmt: skip
-                with log_path.open("a") as log:
-                    log.write(json.dumps(row) + "\n")
-                bar.set_postfix(loss=f"{row['loss']:.4f}", norm=f"{row['row_norm']:.2f}")
-                loss_sum.zero_()
-                steps_since_log = 0
-            if saving or step - last_taken >= 20:
-                save(step)
+                row = measure(step, grad_norm.item(), step - taken)
+                run.log(row)
+                bar.set_postfix(eval_loss=f"{row['eval_loss']:.4f}", norm=f"{row['row_norm']:.2f}")
+                settled = args.early_stop and has_settled(run.eval_losses())
+            if saving or settled or step - last_taken >= 20:
+                run.save(step)
             if step - last_taken >= 20:
                 raise UserError(f"no finite gradient since step {last_taken}: try --precision fp32, or a lower --lr.")
-            if args.preview_steps and (step % args.preview_steps == 0 or step == args.steps):
+            if args.preview_steps and (step % args.preview_steps == 0 or step == args.steps or settled):
                 preview(step)
     finally:
         bar.close()
         signal.signal(signal.SIGINT, previous)
-    if step < args.steps:
+    if settled:
+        print(f"settled   after step {step} (--early_stop)")
+    elif step < args.steps:
+        folder = run.folder
         print(f"stopped after step {step}, all is saved; go on with: python train.py --resume --output_dir {folder}")
         sys.exit(130)
 
@@ -234,14 +224,12 @@ def train(args):
         how = {**sampling_defaults(args.model), "batch_size": 32}
         judge = sample.load_clip(args.model, device=device)
         scores = sample.score_embedding(parts(), judge, pictures, words, args.learnable_property, seed=args.seed, **how)
-        sample.report_scores(scores, folder / "scores.json")
-    print(f"embedding  {folder / 'learned_embeds.safetensors'}\nlog        {log_path}")
-    if preview_path.exists():
-        print(f"preview    {preview_path}")
+        sample.report_scores(scores, run.folder / "scores.json")
+    run.finish()
     sentence = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
     prompt = sentence[args.learnable_property].format(args.placeholder_token)
-    print(f'try next   python sample.py --embedding {folder} --prompt "{prompt}"')
-    return folder
+    print(f'try next   python sample.py --embedding {run.folder} --prompt "{prompt}"')
+    return run.folder
 
 
 def sampling_defaults(model):
@@ -249,15 +237,91 @@ def sampling_defaults(model):
     return sample.read_json(Path(model, "model_index.json")).get("_sampling", {})
 
 
-def add_preview_row(path, drawings, caption, keep):
-    """Add a row of PIL pictures below the first `keep` rows of the sheet (rows of a later step are from a lost try)."""
-    row = sample.image_grid(drawings, 4, [caption])
-    sheet = Image.new("RGB", (4 * (drawings[0].width + 2), (keep + 1) * row.height), "white")
-    if keep and path.exists():
-        with Image.open(path) as old:
-            sheet.paste(old.crop((0, 0, old.width, min(old.height, keep * row.height))))
-    sheet.paste(row, (0, keep * row.height))
-    mu.atomic_write(path, lambda buffer: sheet.save(buffer, format="PNG"))
+# --- The run's folder -------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The folder of a run: checkpoint, embedding files, log, previews. A resumed one restores what learns to `step`."""
+
+    def __init__(self, args, fingerprint, learned_rows, optimizer, scaler):
+        self.args, self.folder, self.fingerprint = args, Path(args.output_dir), fingerprint
+        self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
+        self.step, self.log_rows, self.tensorboard = 0, [], None
+        paths = (self.folder / name for name in ("state.pt", "log.jsonl", "preview.png", "curves.png"))
+        self.state_path, self.log_path, self.preview_path, self.curves_path = paths
+        if args.resume and self.state_path.exists():  # if it was killed before its first checkpoint it begins anew
+            self.restore()
+        else:  # with --overwrite there may be another run's
+            for path in (self.state_path, self.preview_path, self.curves_path):
+                path.unlink(missing_ok=True)
+        config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text.encode()))
+        lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
+        mu.atomic_write(self.log_path, lambda buffer: buffer.write(lines.encode()))
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
+            self.tensorboard = SummaryWriter(self.folder)
+
+    def restore(self):
+        state = load_state(self.state_path)
+        if state["images"] != self.fingerprint:
+            raise UserError(f"--images {self.args.images}: the pictures are not those that {self.folder} began with.")
+        self.learned_rows.data.copy_(state["rows"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        for line in self.log_path.read_text().splitlines() if self.log_path.exists() else []:
+            with suppress(ValueError):  # a kill or a full disk can leave half a line at the end
+                self.log_rows += [row] if (row := json.loads(line))["step"] <= self.step else []
+
+    def save(self, step):
+        state = {"rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
+        state |= {"scaler": self.scaler.state_dict(), "step": step, "images": self.fingerprint}
+        mu.atomic_write(self.state_path, lambda buffer: torch.save(state, buffer))
+        word = (self.args.placeholder_token, self.learned_rows, self.args.model, {"step": step})
+        mu.save_embedding(self.folder / "learned_embeds.safetensors", *word)
+        if self.args.save_bin:
+            mu.save_embedding(self.folder / "learned_embeds.bin", *word, bin=True)
+
+    def log(self, row):
+        self.log_rows.append(row)
+        with self.log_path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in row.items() if self.tensorboard else ():
+            if isinstance(value, float):
+                self.tensorboard.add_scalar(name, value, row["step"])
+
+    def eval_losses(self):
+        return [row["eval_loss"] for row in self.log_rows]
+
+    def add_preview_row(self, drawings, caption, keep):
+        """Add PIL pictures below the first `keep` rows of the sheet (rows of a later step are from a lost try)."""
+        row = sample.image_grid(drawings, 4, [caption])
+        sheet = Image.new("RGB", (4 * (drawings[0].width + 2), (keep + 1) * row.height), "white")
+        if keep and self.preview_path.exists():
+            with Image.open(self.preview_path) as old:
+                sheet.paste(old.crop((0, 0, old.width, min(old.height, keep * row.height))))
+        sheet.paste(row, (0, keep * row.height))
+        mu.atomic_write(self.preview_path, lambda buffer: sheet.save(buffer, format="PNG"))
+
+    def finish(self):
+        """Draw the curves and say where everything is."""
+        curve = lambda name: [(row["step"], row[name]) for row in self.log_rows]  # noqa: E731
+        panels = {
+            "loss of the fixed batch": curve("eval_loss"), "loss of the steps": curve("loss"),
+            "length of the row": curve("row_norm"), "cosine to the start": curve("cosine_to_start"),
+        }  # fmt: skip
+        sample.plot_curves(panels, self.curves_path)
+        if self.tensorboard:
+            self.tensorboard.close()
+        print(f"embedding  {self.folder / 'learned_embeds.safetensors'}")
+        print(f"log        {self.log_path}, drawn in {self.curves_path}")
+        if self.preview_path.exists():
+            print(f"preview    {self.preview_path}")
 
 
 def load_state(path):
@@ -276,7 +340,7 @@ def load_state(path):
 
 # what may differ when a run is resumed; anything else would change its course
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
-FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing"}
+FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
 
 
 def build_parser():
@@ -309,6 +373,7 @@ def build_parser():
     add("--scale_lr", action="store_true", help="multiply --lr by pictures a step")
     add("--lr_scheduler", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up")
     add("--lr_warmup_steps", type=int, default=10, help="steps to reach --lr in")
+    add("--early_stop", action="store_true", help="end before --steps once the loss of the fixed batch has settled")
     add("--seed", type=int, default=0, help="of all that is random")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
@@ -320,6 +385,7 @@ def build_parser():
         help="of the frozen weights",
     )
     add("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    add("--compile", action="store_true", help="compile the UNet: minutes at first, then faster steps on a GPU")
     add = parser.add_argument_group("the run's folder").add_argument
     add("--output_dir", "--out", help="default: the next free of runs/<word>, runs/<word>-2, ...")
     add("--overwrite", action="store_true", help="begin anew in an --output_dir that holds a run")
@@ -333,6 +399,7 @@ def build_parser():
     add("--save_steps", "--checkpointing_steps", type=int, default=100, help="between checkpoints")
     add("--save_bin", action="store_true", help="write learned_embeds.bin too")
     add("--log_steps", type=int, default=20, help="between lines of log.jsonl")
+    add("--tensorboard", action="store_true", help="log for TensorBoard too")
     add("--preview_steps", "--validation_steps", type=int, default=100, help="between previews, 0 for none")
     add("--preview_prompt", "--validation_prompt", help="default: a photo of the word")
     add("--score", action=argparse.BooleanOptionalAction, default=True, help="at the end, if the model has a clip/")

@@ -1,7 +1,10 @@
 """The loop: equal to the classical form, exact after a crash, careful with what is there, and the word moves."""
 
+import itertools
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +163,66 @@ def test_the_numbers_of_a_fixed_run(learn):
     assert rows[-1]["row_norm"] == pytest.approx(FIXED_NORM, rel=1e-4)
 
 
+def test_what_a_run_tells(learn, tiny_model):
+    folder = learn("--log_steps", "2", "--lr", "1e-2", "--batch_size", "4", steps=12)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    tokenizer, table = mu.load_tokenizer(tiny_model), mu.load_text_encoder(tiny_model, "cpu").get_input_embeddings()
+    word = load_file(folder / "learned_embeds.safetensors")["<kat>"]
+    start = table.weight[mu.initializer_id(tokenizer, "cat")]
+    assert rows[-1]["row_norm"] == pytest.approx(word.norm().item(), rel=1e-5)
+    assert rows[-1]["cosine_to_start"] == pytest.approx(torch.cosine_similarity(word[0], start, dim=0).item(), abs=1e-5)
+    assert rows[-1]["vocabulary_norm"] == pytest.approx(table.weight.norm(dim=1).median().item(), rel=1e-5)
+    assert rows[0]["nearest"][0][0] == "cat" and len(rows[0]["nearest"][0]) == 3
+    for row in rows:  # the mean over the quarters of the timesteps, which stratified batches hold in equal shares
+        assert row["loss"] == pytest.approx(sum(row["loss_by_timestep"]) / 4, rel=1e-5)
+        assert row["loss_by_timestep"][0] != row["loss_by_timestep"][3] and row["grad_norm"] > 0
+    with Image.open(folder / "curves.png") as curves:
+        assert len(curves.convert("RGB").getcolors()) > 5
+
+
+def test_the_fixed_batch_gives_a_curve_that_can_be_read(learn):
+    """Step after step its loss changes by what the word has learned, that of the steps by chance."""
+    rows = [json.loads(line) for line in (learn("--log_steps", "1", steps=12) / "log.jsonl").read_text().splitlines()]
+    jumps = lambda name: sum(abs(b[name] - a[name]) for a, b in itertools.pairwise(rows))  # noqa: E731
+    assert 0 < jumps("eval_loss") < 0.2 * jumps("loss")
+
+
+def test_a_loss_settles_when_its_last_values_only_waver():
+    falling = [1 / (1 + i) for i in range(40)]
+    assert not train.has_settled(falling[:15])
+    assert not train.has_settled([1 - i / 30 for i in range(30)])
+    assert train.has_settled(falling)
+    last, every = np.array(falling[-15:]), np.array(falling)
+    assert train.has_settled(falling, share=last.var() / every.var() * 1.01)
+    assert not train.has_settled(falling, share=last.var() / every.var() * 0.99)
+
+
+def test_early_stop_ends_the_run_where_the_loss_settles(learn, monkeypatch, capsys):
+    monkeypatch.setattr(train, "has_settled", lambda losses: len(losses) >= 3)
+    folder = learn("--early_stop", "--log_steps", "2", steps=20)
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 6
+    assert "settled   after step 6" in capsys.readouterr().out
+    learn("--resume", "--early_stop", steps=20)  # has nothing more to do
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 6
+
+
+def test_tensorboard_where_it_is_and_a_sentence_where_not(learn, monkeypatch):
+    written = []
+    fake = types.SimpleNamespace(
+        SummaryWriter=lambda folder: types.SimpleNamespace(
+            add_scalar=lambda *point: written.append(point), close=lambda: written.append("closed")
+        )
+    )
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    learn("--tensorboard", "--log_steps", "2", steps=4)
+    assert {point[0] for point in written[:-1]} >= {"loss", "eval_loss", "grad_norm", "row_norm", "cosine_to_start"}
+    assert {point[2] for point in written[:-1]} == {2, 4} and written[-1] == "closed"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(mu.UserError, match="--tensorboard is not installed"):
+        learn("--tensorboard", out="other")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_points_the_same_way(tiny_model, dtype):
     grads = []
@@ -312,7 +375,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(learn, monkeypatch):
     loss, calls = train.inversion_loss, []
 
     def broken(*args):
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())  # not when the fixed batch is looked at
         return loss(*args) * (math.nan if len(calls) in (2, 3) else 1)
 
     monkeypatch.setattr(train, "inversion_loss", broken)
@@ -327,7 +390,7 @@ def test_twenty_such_steps_end_the_run_with_the_last_good_rows(learn, monkeypatc
     loss, calls = train.inversion_loss, []
 
     def broken(*args):
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())
         return loss(*args) * (math.nan if len(calls) > 3 else 1)
 
     monkeypatch.setattr(train, "inversion_loss", broken)
