@@ -261,11 +261,15 @@ def embed(clip, images, sentences):
     return both.image_embeds.cpu(), both.text_embeds.cpu()
 
 
-def score_embedding(parts, clip, training_images, words, learnable_property="object", drawings=64, seed=0, **drawing):
+def score_embedding(
+    parts, clip, training_images, words, learnable_property="object", drawings=64, seed=0,
+    look=lambda word, images: None, **drawing,
+):  # fmt: skip
     """Draw with each of `words` and measure; returns what scores.json holds.
 
     words: what the learned word began as, to compare with, and the learned word. training_images: PIL. `drawings` of
     PHOTO_PROMPT give CLIP-I; as many, spread over EDITING_PROMPTS, give CLIP-T. drawing: options of `draw`.
+    look(word, images): is shown all drawings of each word.
     """
 
     def mean_and_error(cosines):  # [sentences, drawings]: the drawings are chance, the sentences are not
@@ -282,6 +286,7 @@ def score_embedding(parts, clip, training_images, words, learnable_property="obj
     scores = {"clip": clip.name, "drawings": drawings, "seed": seed, **drawing, "training_images": others, "words": {}}
     for word in words:
         images = list(draw(parts, [prompt.format(word) for prompt in prompts], seeds, **drawing))
+        look(word, images)
         drawn, _ = embed(clip, images, sentences)
         likeness = (drawn[:drawings] @ known.T).mean(dim=1)[None]  # [1, drawings]
         followed = (drawn[drawings:].unflatten(0, (len(edits), each)) * targets[:, None]).sum(dim=-1)  # [S, each]

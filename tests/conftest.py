@@ -18,8 +18,11 @@ WORDS = "a an the of in on and photo picture painting drawing style cat dog toy 
 SENTENCE_LENGTH, TEXT_WIDTH = 32, 32
 
 
-def build_tokenizer():
-    """CLIP's vocabulary in small: all bytes, all bytes ending a word, the merges that spell WORDS, start and end."""
+def build_tokenizer(size=None, length=SENTENCE_LENGTH):
+    """CLIP's vocabulary in small: all bytes, all bytes ending a word, the merges that spell WORDS, start and end.
+
+    size: filled up to so many pieces. length: tokens a sentence.
+    """
     letters = sorted(ByteLevel.alphabet())
     pieces, merges = letters + [letter + "</w>" for letter in letters], []
     for word in WORDS:
@@ -30,9 +33,10 @@ def build_tokenizer():
                 merges.append((whole, symbol))
                 pieces.append(whole + symbol)
             whole += symbol
+    pieces += [f"filler{i}</w>" for i in range(len(pieces), (size or 0) - 2)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=SENTENCE_LENGTH)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 @pytest.fixture(scope="session")

@@ -1,56 +1,41 @@
 """Stable Diffusion 1.4's own sizes with random weights. Minutes and gigabytes: python -m pytest -m slow"""
 
+import json
+
+import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from PIL import Image
+from safetensors.torch import load_file
 
 import model_utils as mu
 import sample
 import train
 
-UNET = {
-    "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "layers_per_block": 2,
-    "block_out_channels": (320, 640, 1280, 1280),
-}  # fmt: skip
-VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": 512,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-}  # fmt: skip
-TEXT = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "projection_dim": 768,
-}  # fmt: skip
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    import full_size
+
+    return str(full_size.build(tmp_path_factory.mktemp("full_size")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_one_training_step_and_one_sampling_step(tiny_model, dtype):
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        parts = UNet2DConditionModel(**UNET), CLIPTextModel(CLIPTextConfig(**TEXT)), AutoencoderKL(**VAE)
-    assert sum(p.numel() for p in parts[0].parameters()) == 859_520_964
-    for part in parts:  # small random weights: the sizes are what is tested
-        part.to_empty(device="cpu").to(dtype).requires_grad_(False).eval()
-        for weight in part.parameters():
-            weight.normal_(0, 0.02)
-    unet, text_encoder, vae = parts
-    text_encoder.embeddings.position_ids.copy_(torch.arange(77)[None])
-    schedule = mu.load_schedule(tiny_model)
-    rows = text_encoder.get_input_embeddings().weight[[320]]
-    learned = mu.install_learned_rows(text_encoder, [49408], rows).learned_rows
-    token_ids = torch.tensor([[49406, 320, 49408] + [49407] * 74])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_training_step_and_one_sampling_step(full_size, precision, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unet = mu.load_unet(full_size, "meta")
+    assert sum(weight.numel() for weight in unet.parameters()) == 859_520_964
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 600, 3), dtype=np.uint8)).save("pictures/a.png")
+    options = ["--model", full_size, "--images", "pictures", "--precision", precision, "--device", "cpu"]
+    train.main([*options, "--steps", "1", "--batch_size", "1", "--preview_steps", "0", "--output_dir", "run"])
+    (row,) = [json.loads(line) for line in open("run/log.jsonl")]
+    assert row["grad_norm"] > 0 and row["skipped_steps"] == 0
+    word = load_file("run/learned_embeds.safetensors")["<kat>"]
+    assert word.shape == (1, 768) and word.isfinite().all()
 
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(1, 4, 64, 64, generator=generator) for _ in range(2))
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        embeddings = mu.encode_tokens(text_encoder, token_ids)
-        loss = train.inversion_loss(unet, latents, noise, torch.tensor([500]), embeddings, schedule)
-    loss.mean().backward()
-    assert learned.grad.shape == (1, 768) and learned.grad.isfinite().all() and learned.grad.abs().max() > 0
-
-    with torch.no_grad():
-        embeddings = mu.encode_tokens(text_encoder, token_ids)
-    drawn = sample.sample_latents(unet, schedule, embeddings, embeddings, latents, 1, 7.5, "ddim")
-    images = mu.decode_latents(vae, drawn)
-    assert images.shape == (1, 3, 512, 512) and images.isfinite().all()
+    how = ["--device", "cpu", "--precision", precision, "--steps", "1", "--num_images", "1"]
+    monkeypatch.setattr("sys.argv", ["sample.py", "--embedding", "run", *how])
+    sample.main()
+    with Image.open("run/drawings/0000.png") as drawing:
+        assert drawing.size == (512, 512)
