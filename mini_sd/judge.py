@@ -184,7 +184,7 @@ def main():
     concepts = args.concepts or (["kat", "finn", "blueprint"] if args.quick else CONCEPTS)
     seeds = args.seeds or ([0] if args.quick else [0, 1])
     args.drawings = 32 if args.quick else args.drawings
-    baseline = [] if args.save_baseline else json.loads((HERE / "baseline.json").read_text())
+    baseline = [] if args.save_baseline else (sample.read_json(HERE / "baseline.json") or [])
     # a run is done again when a script or an option is another one
     scripts = b"".join((HERE.parent / f"{name}.py").read_bytes() for name in ("train", "sample", "model_utils", "data"))
     method = hashlib.sha256(scripts + json.dumps([args.options, args.drawings]).encode()).hexdigest()[:8]

@@ -1,0 +1,114 @@
+"""judge.py: tells a difference from chance, and a spoiled method from the untouched one."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model_utils as mu
+
+MINI_SD, ROOT = Path(mu.DEFAULT_MODEL), Path(mu.DEFAULT_MODEL).parent
+sys.path.insert(0, str(MINI_SD))
+
+import judge  # noqa: E402
+import reader  # noqa: E402
+import world  # noqa: E402
+
+
+def rows_of(shift=0.0, seeds=(0, 1), noise=0.01, salt=0):
+    """What a method may have reached: each concept has its level, each run its chance."""
+    rng, rows = random.Random(salt), []
+    for i, concept in enumerate(judge.CONCEPTS):
+        for seed in seeds:
+            reached = {column: 0.5 + 0.05 * i + shift + rng.gauss(0, noise) for column in judge.COLUMNS}
+            rows.append({"concept": concept, "seed": seed, "word": reached, "first": dict.fromkeys(judge.COLUMNS, 0.1)})
+    return rows
+
+
+def test_the_same_method_is_equal_and_another_is_not():
+    baseline = rows_of(seeds=(0, 1, 2))
+    assert all(judge.verdict(column, baseline, baseline)[2] == "equal" for column in judge.COLUMNS)
+    other_seeds = [judge.verdict("clip_i", rows_of(salt=salt), baseline)[2] for salt in range(1, 101)]
+    assert other_seeds.count("equal") >= 95
+    for shift, words in ((0.03, ("BETTER", "WORSE")), (-0.03, ("WORSE", "BETTER"))):
+        assert judge.verdict("clip_i", rows_of(shift, salt=7), baseline)[2] == words[0]
+        assert judge.verdict("background", rows_of(shift, salt=7), baseline)[2] == words[1]  # learned backgrounds
+
+
+def test_only_the_concepts_that_were_judged_are_compared():
+    baseline = rows_of(seeds=(0, 1, 2))
+    some = [row for row in rows_of(salt=3) if row["concept"] in ("kat", "mint")]
+    difference, error, _ = judge.verdict("looks", some, baseline)
+    assert abs(difference) < 0.03  # the two concepts lie 0.25 apart, all six have another mean
+    assert error == pytest.approx(judge.noise(baseline, "looks") * (1 / 4 + 1 / 6) ** 0.5)
+
+
+def test_the_table_shows_every_concept(capsys):
+    judge.report(rows_of(-0.2, salt=1), rows_of(seeds=(0, 1, 2)))
+    table = capsys.readouterr().out
+    assert all(f"{concept} (2 seeds)" in table for concept in judge.CONCEPTS)
+    assert table.splitlines()[-1].split() == ["so", "it", "is", *["WORSE"] * 5, "BETTER"]
+
+
+def test_the_reader_reads_pictures_it_has_not_seen():
+    images, _, pictures = world.make_set(300, 977)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    found = reader.read(reader.load_reader(), images)
+    toned = [p.tone is not None for p in pictures]  # printed in shades of one colour: its own colour cannot be seen
+    right = {
+        q: [a == (getattr(p, q) or "none") for a, p, t in zip(found[q], pictures, toned, strict=True) if not t]
+        for q in found
+    }
+    wanted = {"kind": 0.97, "pattern": 0.93, "background": 0.97, "style": 0.97, "count": 0.97, "colour": 0.85}
+    assert all(sum(right[q]) / len(right[q]) > least for q, least in wanted.items())
+    blank = torch.full((1, 3, 64, 64), 0.5)
+    assert reader.read(reader.load_reader(), blank)["kind"][0] in world.KINDS  # it always answers
+
+
+def run_judge(folder, *options):
+    command = [sys.executable, "mini_sd/judge.py", "--out", "judged", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The project in another folder, to be changed."""
+    for name in ("train.py", "sample.py", "model_utils.py", "data.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(MINI_SD, tmp_path / "mini_sd", ignore=shutil.ignore_patterns("work", "__pycache__"))
+    return tmp_path
+
+
+def test_a_run_is_judged_once(copy):
+    options = ["--concepts", "kat", "--seeds", "0", "--drawings", "8", "--", "--steps", "2"]
+    table = run_judge(copy, *options)
+    assert "kat (1 seed)" in table and "so it is" in table
+    (first,) = copy.glob("judged/*/kat-0/judged.json")
+    row = json.loads(first.read_text())
+    assert set(row["word"]) == {"clip_i", "clip_t", "looks", "sentence", "background"}
+    assert all(0 <= row["word"][name] <= 1 for name in ("looks", "sentence", "background"))
+    before = first.stat().st_mtime_ns
+    assert run_judge(copy, *options) == table and first.stat().st_mtime_ns == before
+    # another train.py is another method
+    (copy / "train.py").write_text((copy / "train.py").read_text() + "\n")
+    run_judge(copy, *options)
+    assert len(list(copy.glob("judged/*/kat-0/judged.json"))) == 2
+
+
+@pytest.mark.slow
+def test_a_spoiled_loss_is_judged_worse_and_the_untouched_equal(copy):
+    assert "WORSE" not in (table := run_judge(copy, "--quick")) and "BETTER" not in table
+    source = (copy / "train.py").read_text()
+    target = "    target = schedule.target(latents, noise, timesteps)"
+    assert source.count(target) == 1
+    (copy / "train.py").write_text(
+        source.replace(target, "    target = schedule.target(latents, noise / 2, timesteps)")
+    )
+    assert run_judge(copy, "--quick").splitlines()[-2].split()[3] == "WORSE"  # in CLIP-I
