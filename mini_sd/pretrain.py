@@ -32,7 +32,7 @@ import world  # noqa: E402
 
 TRAIN_SEED, TEST_SEED = 1, 2
 TEXT_LENGTH = 32
-STAGES = ["pictures", "tokenizer", "vae", "latents", "decoder", "clip", "texts", "unet", "export"]
+STAGES = ["pictures", "tokenizer", "vae", "latents", "decoder", "clip", "texts", "unet", "export", "check"]
 SCHEDULER = {  # Stable Diffusion 1.4's own
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
@@ -419,6 +419,37 @@ def stage_export(args):
         "vae": ["diffusers", "AutoencoderKL"],
     }  # fmt: skip
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def stage_check(args):
+    """Draw from sentences it has not seen, and count what a reader of the world's pictures finds right."""
+    import reader
+
+    import model_utils as mu
+    import sample
+
+    tokenizer, text_encoder = mu.load_tokenizer(args.out), mu.load_text_encoder(args.out, args.device)
+    vae, unet = mu.load_vae(args.out, args.device), mu.load_unet(args.out, args.device)
+    parts = sample.Parts(tokenizer, text_encoder, vae, unet, mu.load_schedule(args.out), {})
+    rng, pictures = random.Random(TEST_SEED + 1), []
+    while len(pictures) < 96:  # of one thing, in its own colours
+        picture = world.random_picture(rng)
+        pictures += [picture] if picture.count == 1 and picture.style == "photo" and not picture.tone else []
+    sentences = ["a photo of a " + world.noun_phrase(picture, rng, keep=1.0) for picture in pictures]
+    how = sample.read_json(args.out / "model_index.json")["_sampling"]
+    images = list(sample.draw(parts, sentences, range(96), batch_size=24, **how))
+    found = reader.read(reader.load_reader(), images)
+    right = {
+        q: [a == getattr(p, q) for a, p in zip(found[q], pictures, strict=True)] for q in found if q != "accessory"
+    }
+    right["kind, colour and background"] = [
+        all(three) for three in zip(right["kind"], right["colour"], right["background"], strict=True)
+    ]
+    for question, answers in right.items():
+        print(f"{question}: {sum(answers)} of {len(answers)} right")
+    world.sheet(images, 12).save(args.work / "check.png")
+    (args.work / "check.txt").write_text("\n".join(sentences))
+    print(f"look at {args.work / 'check.png'}, twelve a row, and at the sentences in check.txt")
 
 
 def main():
