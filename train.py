@@ -64,8 +64,10 @@ def step_generator(seed, step):
 
 
 def has_settled(eval_losses, window=15, share=0.15):
-    """True once the loss of the fixed batch only wavers: the variance of its last `window` values is below `share` of
-    that of all. "Is This Loss Informative?", Voronov et al. 2023 (arXiv:2302.04841), equation 5."""
+    """True once the loss of the fixed batch only wavers: its last `window` values vary less than `share` of all do.
+
+    The rule of "Is This Loss Informative?" (Voronov et al. 2023, arXiv:2302.04841).
+    """
     return len(eval_losses) > window and np.var(eval_losses[-window:]) < share * np.var(eval_losses)
 
 
