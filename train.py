@@ -27,7 +27,7 @@ import model_utils as mu
 import sample
 from model_utils import UserError
 
-FIXED = 2**32  # the number of no step: draws the batch that never changes
+FIXED = 2**32  # larger than any number of a step: seeds the batch that never changes
 
 
 def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule):
@@ -108,7 +108,8 @@ def train(args):
 
     # fused: the optimizer itself skips a step with infinite gradients and the loop never waits for the device
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)
-    # fp16 gradients are scaled up lest they vanish. With the scale 1 the scaler only looks out for infinite ones.
+    # fp16 gradients are scaled up lest they vanish. Otherwise the
+    # scaler only looks out for infinite ones (which halve the scale, and that changes nothing in fp32 and bf16).
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(
         device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**30
@@ -118,7 +119,7 @@ def train(args):
     # 3. What a step computes, and what is looked at now and then
     unet_to_train = torch.compile(unet) if args.compile else unet
 
-    def loss_of(batch, timesteps):  # -> loss [B]
+    def loss_of(batch, timesteps):  # moves a batch to the device, encodes its sentences -> loss [B]
         tensors = (batch.latents, batch.noise, timesteps, batch.token_ids)
         latents, noise, t, ids = (x.to(device, non_blocking=True) for x in tensors)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -127,18 +128,20 @@ def train(args):
 
     # The loss of a step is mostly chance: each has other pictures, timesteps and noise. That of one batch that never
     # changes is a curve that can be read.
-    generator = step_generator(args.seed, FIXED)
-    fixed_batch = data.draw_batch(cache, template_ids, args.batch_size, generator)
-    fixed_timesteps = draw_timesteps(args.batch_size, schedule.num_train_timesteps, generator)
+    generator, fixed_size = step_generator(args.seed, FIXED), max(4, args.batch_size)
+    fixed_batch = data.draw_batch(cache, template_ids, fixed_size, generator)
+    fixed_timesteps = draw_timesteps(fixed_size, schedule.num_train_timesteps, generator)
     loss_sums, loss_counts = torch.zeros(4, device=device), torch.zeros(4)  # of each quarter of the timesteps
 
-    def measure(step, grad_norm, skipped_steps):  # -> a line of the log; what is summed since the last one begins anew
+    def measure(step, grad_norm, skipped_steps):  # -> one line of the log; begins new sums
         sums, counts = loss_sums.tolist(), loss_counts.tolist()
-        loss_sums.zero_(), loss_counts.zero_()
+        loss_sums.zero_()
+        loss_counts.zero_()
         with torch.no_grad():
-            eval_loss = loss_of(fixed_batch, fixed_timesteps).mean().item()
+            slices = [slice(i, i + args.batch_size) for i in range(0, fixed_size, args.batch_size)]
+            fixed = [loss_of(data.Batch(*(x[part] for x in fixed_batch)), fixed_timesteps[part]) for part in slices]
         return {
-            "step": step, "loss": sum(sums) / sum(counts), "eval_loss": eval_loss,
+            "step": step, "loss": sum(sums) / sum(counts), "eval_loss": torch.cat(fixed).mean().item(),
             "loss_by_timestep": [part / n if n else None for part, n in zip(sums, counts, strict=True)],
             "lr": learning_rate(step - 1, args), "grad_norm": grad_norm,
             "row_norm": learned_rows.norm(dim=1).mean().item(), "vocabulary_norm": vocabulary_norm,
@@ -146,18 +149,20 @@ def train(args):
             "nearest": mu.nearest_words(tokenizer, table, learned_rows), "skipped_steps": skipped_steps,
         }  # fmt: skip
 
-    def parts():  # what sample.py draws with; the VAE is there only as long as this is kept
+    def load_drawing_parts():  # what sample.py draws with; the VAE is there only as long as this is kept
         vae = mu.load_vae(args.model, "cpu", **source)
         return sample.Parts(tokenizer, text_encoder, vae, unet, schedule, placeholders)
 
     def preview(step):
         prompt = args.preview_prompt or sample.PHOTO_PROMPT[args.learnable_property].format(args.placeholder_token)
         how = sampling_defaults(args.model) | {"height": args.resolution, "width": args.resolution}
-        drawings = list(sample.draw(parts(), [prompt] * 4, range(args.seed, args.seed + 4), **how, progress=False))
-        run.add_preview_row(drawings, f"step {step}", 1 + math.ceil(step / args.preview_steps))
+        drawings = list(
+            sample.draw(load_drawing_parts(), [prompt] * 4, range(args.seed, args.seed + 4), **how, progress=False)
+        )
+        run.add_preview_row(drawings, step)
 
     if args.preview_steps and run.step == 0:
-        run.add_preview_row(examples, "training pictures", 0)
+        run.begin_preview(examples)
         preview(0)
 
     # 4. The loop
@@ -165,12 +170,13 @@ def train(args):
     previous = signal.signal(
         signal.SIGINT, lambda *_: (stop.append(True), signal.signal(signal.SIGINT, signal.SIG_DFL))
     )
-    taken, last_taken = 0, run.step  # steps that were not skipped; the last step at which there was a new one
-    settled = args.early_stop and has_settled(run.eval_losses())
+    # the optimizer's own count, without skipped steps; the step at which it was last seen to grow
+    steps_taken, last_progress = run.steps_taken(), run.step
+    stopping, settled = False, args.early_stop and has_settled(run.eval_losses())
     bar = tqdm(total=args.steps, initial=run.step, desc=f"learning {args.placeholder_token}", unit="step", disable=None)
     step = run.step
     try:
-        while step < args.steps and not stop and not settled:
+        while step < args.steps and not stopping and not settled:
             generator = step_generator(args.seed, step)
             batch = data.draw_batch(cache, template_ids, args.batch_size * args.grad_accum, generator)
             timesteps = draw_timesteps(len(batch.latents), schedule.num_train_timesteps, generator)
@@ -191,24 +197,30 @@ def train(args):
             step += 1
             bar.update()
 
-            saving = step % args.save_steps == 0 or step == args.steps or stop
-            if step % args.log_steps == 0 or saving:  # here alone the loop waits for the device
-                taken_before, taken = taken, int(optimizer.state[learned_rows]["step"])
-                last_taken = step if taken > taken_before else last_taken
+            stopping = bool(stop)  # asked once: a Ctrl-C that comes later is for the next step
+            logging = step % args.log_steps == 0
+            saving = step % args.save_steps == 0 or step == args.steps or stopping
+            if logging or saving or step - last_progress >= 20:  # here alone the loop waits for the device
+                if run.steps_taken() > steps_taken:
+                    steps_taken, last_progress = run.steps_taken(), step
                 if not learned_rows.isfinite().all():
                     raise UserError(
                         f"--lr {args.lr}: the word is not finite any more; try a lower one. The last save is kept."
                     )
-                row = measure(step, grad_norm.item(), step - taken)
+            if logging or saving:
+                row = measure(step, grad_norm.item(), step - steps_taken)
                 run.log(row)
                 bar.set_postfix(eval_loss=f"{row['eval_loss']:.4f}", norm=f"{row['row_norm']:.2f}")
                 settled = args.early_stop and has_settled(run.eval_losses())
-            if saving or settled or step - last_taken >= 20:
-                run.save(step)
-            if step - last_taken >= 20:
-                raise UserError(f"no finite gradient since step {last_taken}: try --precision fp32, or a lower --lr.")
-            if args.preview_steps and (step % args.preview_steps == 0 or step == args.steps or settled):
+            previewing = args.preview_steps and (step % args.preview_steps == 0 or step == args.steps or settled)
+            if previewing and not stopping:
                 preview(step)
+            if saving or settled or step - last_progress >= 20:
+                run.save(step)
+            if step - last_progress >= 20:
+                raise UserError(
+                    f"no finite gradient since step {last_progress}: try --precision fp32, or a lower --lr."
+                )
     finally:
         bar.close()
         signal.signal(signal.SIGINT, previous)
@@ -225,7 +237,9 @@ def train(args):
         pictures = mu.to_pil(data.load_images(args.images, args.resolution, args.center_crop)[0])
         how = {**sampling_defaults(args.model), "batch_size": 32}
         judge = sample.load_clip(args.model, device=device)
-        scores = sample.score_embedding(parts(), judge, pictures, words, args.learnable_property, seed=args.seed, **how)
+        scores = sample.score_embedding(
+            load_drawing_parts(), judge, pictures, words, args.learnable_property, seed=args.seed, **how
+        )
         sample.report_scores(scores, run.folder / "scores.json")
     run.finish()
     sentence = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
@@ -248,25 +262,32 @@ class Run:
     def __init__(self, args, fingerprint, learned_rows, optimizer, scaler):
         self.args, self.folder, self.fingerprint = args, Path(args.output_dir), fingerprint
         self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
-        self.step, self.log_rows, self.tensorboard = 0, [], None
+        self.step, self.log_rows, self.previews, self.tensorboard = 0, [], [], None
         paths = (self.folder / name for name in ("state.pt", "log.jsonl", "preview.png", "curves.png"))
         self.state_path, self.log_path, self.preview_path, self.curves_path = paths
         if args.resume and self.state_path.exists():  # if it was killed before its first checkpoint it begins anew
             self.restore()
-        else:  # with --overwrite there may be another run's
-            for path in (self.state_path, self.preview_path, self.curves_path):
-                path.unlink(missing_ok=True)
+        else:
+            self.clear()
         config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
         text = json.dumps(config, indent=1, ensure_ascii=False)
         mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text.encode()))
         lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
         mu.atomic_write(self.log_path, lambda buffer: buffer.write(lines.encode()))
         if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
-            self.tensorboard = SummaryWriter(self.folder)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.folder, purge_step=self.step + 1)
+
+    def clear(self):
+        """Remove what an earlier run left behind (--overwrite)."""
+        names = ["learned_embeds.safetensors", "learned_embeds.bin", "scores.json"]
+        others = [*(self.folder / name for name in names), *self.folder.glob("events.out.tfevents*")]
+        try:
+            for path in (self.state_path, self.log_path, self.preview_path, self.curves_path, *others):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.folder} ({error.strerror}): choose another folder.") from error
 
     def restore(self):
         state = load_state(self.state_path)
@@ -275,7 +296,7 @@ class Run:
         self.learned_rows.data.copy_(state["rows"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
+        self.step, self.previews = state["step"], state["previews"]
         for line in self.log_path.read_text().splitlines() if self.log_path.exists() else []:
             with suppress(ValueError):  # a kill or a full disk can leave half a line at the end
                 self.log_rows += [row] if (row := json.loads(line))["step"] <= self.step else []
@@ -283,6 +304,7 @@ class Run:
     def save(self, step):
         state = {"rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
         state |= {"scaler": self.scaler.state_dict(), "step": step, "images": self.fingerprint}
+        state["previews"] = self.previews
         mu.atomic_write(self.state_path, lambda buffer: torch.save(state, buffer))
         word = (self.args.placeholder_token, self.learned_rows, self.args.model, {"step": step})
         mu.save_embedding(self.folder / "learned_embeds.safetensors", *word)
@@ -291,31 +313,49 @@ class Run:
 
     def log(self, row):
         self.log_rows.append(row)
-        with self.log_path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items() if self.tensorboard else ():
-            if isinstance(value, float):
-                self.tensorboard.add_scalar(name, value, row["step"])
+        try:
+            with self.log_path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_path} ({error.strerror}): make room, then --resume.") from error
+        if self.tensorboard:
+            parts = {f"loss_by_timestep/{i}": loss for i, loss in enumerate(row["loss_by_timestep"])}
+            for name, value in (row | parts).items():
+                if isinstance(value, float):
+                    self.tensorboard.add_scalar(name, value, row["step"])
+            self.tensorboard.flush()
+
+    def steps_taken(self):
+        """How many steps the optimizer has not skipped. Waits for the device."""
+        return int(self.optimizer.state[self.learned_rows]["step"]) if self.optimizer.state else 0
 
     def eval_losses(self):
-        return [row["eval_loss"] for row in self.log_rows]
+        """Of the fixed batch, at even distances (not where Ctrl-C or a checkpoint logged out of turn)."""
+        return [row["eval_loss"] for row in self.log_rows if row["step"] % self.args.log_steps == 0]
 
-    def add_preview_row(self, drawings, caption, keep):
-        """Add PIL pictures below the first `keep` rows of the sheet (rows of a later step are from a lost try)."""
-        row = sample.image_grid(drawings, 4, [caption])
-        sheet = Image.new("RGB", (4 * (drawings[0].width + 2), (keep + 1) * row.height), "white")
-        if keep and self.preview_path.exists():
+    def begin_preview(self, examples):
+        row = sample.image_grid(examples, 4, ["training pictures"])
+        mu.atomic_write(self.preview_path, lambda buffer: row.save(buffer, format="PNG"))
+
+    def add_preview_row(self, drawings, step):
+        """Add PIL pictures to the sheet, below the training pictures and the rows of earlier steps."""
+        self.previews = [earlier for earlier in self.previews if earlier < step]  # later ones are from a lost try
+        row, keep = sample.image_grid(drawings, 4, [f"step {step}"]), 1 + len(self.previews)
+        sheet = Image.new("RGB", (row.width, (keep + 1) * row.height), "white")
+        if self.preview_path.exists():
             with Image.open(self.preview_path) as old:
-                sheet.paste(old.crop((0, 0, old.width, min(old.height, keep * row.height))))
+                sheet.paste(old.crop((0, 0, row.width, min(old.height, keep * row.height))))
         sheet.paste(row, (0, keep * row.height))
         mu.atomic_write(self.preview_path, lambda buffer: sheet.save(buffer, format="PNG"))
+        self.previews.append(step)
 
     def finish(self):
         """Draw the curves and say where everything is."""
         curve = lambda name: [(row["step"], row[name]) for row in self.log_rows]  # noqa: E731
         panels = {
             "loss of the fixed batch": curve("eval_loss"), "loss of the steps": curve("loss"),
-            "length of the row": curve("row_norm"), "cosine to the start": curve("cosine_to_start"),
+            "length of the gradient": curve("grad_norm"), "length of the row": curve("row_norm"),
+            "cosine to the start": curve("cosine_to_start"),
         }  # fmt: skip
         sample.plot_curves(panels, self.curves_path)
         if self.tensorboard:
@@ -343,6 +383,9 @@ def load_state(path):
 # what may differ when a run is resumed; anything else would change its course
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
 FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
+
+
+FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 
 
 def build_parser():
@@ -375,7 +418,12 @@ def build_parser():
     add("--scale_lr", action="store_true", help="multiply --lr by pictures a step")
     add("--lr_scheduler", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up")
     add("--lr_warmup_steps", type=int, default=10, help="steps to reach --lr in")
-    add("--early_stop", action="store_true", help="end before --steps once the loss of the fixed batch has settled")
+    add(
+        "--early_stop",
+        action=FLAG,
+        default=False,
+        help="end before --steps once the loss of the fixed batch has settled",
+    )
     add("--seed", type=int, default=0, help="of all that is random")
     add = parser.add_argument_group("the machine").add_argument
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
@@ -386,7 +434,7 @@ def build_parser():
         default="auto",
         help="of the frozen weights",
     )
-    add("--gradient_checkpointing", action="store_true", help="less memory, slower")
+    add("--gradient_checkpointing", action=FLAG, default=False, help="less memory, slower")
     add("--compile", action="store_true", help="compile the UNet: minutes at first, then faster steps on a GPU")
     add = parser.add_argument_group("the run's folder").add_argument
     add("--output_dir", "--out", help="default: the next free of runs/<word>, runs/<word>-2, ...")
@@ -399,12 +447,12 @@ def build_parser():
         help="go on with a run: this folder, --output_dir or the newest",
     )
     add("--save_steps", "--checkpointing_steps", type=int, default=100, help="between checkpoints")
-    add("--save_bin", action="store_true", help="write learned_embeds.bin too")
+    add("--save_bin", action=FLAG, default=False, help="write learned_embeds.bin too")
     add("--log_steps", type=int, default=20, help="between lines of log.jsonl")
-    add("--tensorboard", action="store_true", help="log for TensorBoard too")
+    add("--tensorboard", action=FLAG, default=False, help="log for TensorBoard too")
     add("--preview_steps", "--validation_steps", type=int, default=100, help="between previews, 0 for none")
     add("--preview_prompt", "--validation_prompt", help="default: a photo of the word")
-    add("--score", action=argparse.BooleanOptionalAction, default=True, help="at the end, if the model has a clip/")
+    add("--score", action=FLAG, default=True, help="at the end, if the model has a clip/")
     return parser
 
 
@@ -417,6 +465,11 @@ def parse_options(argv=None):
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more.")
     if not args.lr > 0 or args.preview_steps < 0 or args.lr_warmup_steps < 0 or args.seed < 0:
         raise UserError("--lr must be above 0; --preview_steps, --lr_warmup_steps and --seed must not be below 0.")
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
     name = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_") or "word"
     runs = [Path("runs", name), *(Path("runs", f"{name}-{i}") for i in range(2, 10000))]
     if args.resume:
@@ -447,6 +500,9 @@ def main(argv=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,17 @@
     python mini_sd/judge.py -- --lr 1e-2        # options of train.py after --
 
 A line a concept, the mean with its standard error, and below it the untouched method (`baseline.json`) with the
-difference and whether that is more than chance. Runs that are there already, of the very same scripts and options, are
-not learned again. The columns:
+difference and whether that is more than chance. Runs that are there already, of the very same code, model and options,
+are not learned again. The columns:
 
-    CLIP-I, CLIP-T   as in sample.py --score, of the learned word (in brackets: of the word that it began as)
+    clip_i, clip_t   CLIP-I and CLIP-T as in sample.py --score (in brackets: of the word that it began as)
     closed           how far CLIP-I came from the first word's to that of fresh pictures of the thing, which only the
                      world can draw
-    looks            of "a photo of a <word>", the share that shows its kind, colour and pattern (of a style: its style)
+    looks            of "a photo of a <word>", the share that shows its kind, colour and pattern (of a style: the
+                     style; of blueprint also white on blue)
     sentence         of the editing sentences, the share that shows what the sentence asks for (background, two, ...)
     background       of "a photo of a <word>", the share with a background of the training pictures: much more than for
-                     the first word means that it was learned too
+                     the first word means that it was learned too (objects only)
 
 The last three are read off the drawings by `reader.py`.
 """
@@ -45,7 +46,7 @@ from data import load_images  # noqa: E402
 
 CONCEPTS = [*world.OBJECT_CONCEPTS, *world.STYLE_CONCEPTS]
 COLUMNS = ["clip_i", "clip_t", "closed", "looks", "sentence", "background"]
-MORE_IS_BETTER = {"clip_i", "clip_t", "closed", "looks", "sentence"}
+LOOKS = {"blueprint": ["style", "colour", "background"], "mint": ["style"]}  # what makes them what they are
 ASKED = {  # what the reader should find in a drawing of each editing sentence
     "object": [("count", 2), ("style", "drawing"), ("style", "pixel art"), ("background", "red")]
     + [("background", name) for name in ("green", "night", "beach", "moon")],
@@ -76,12 +77,12 @@ def measure(folder, drawings, with_first_word):
     def look(word, images):
         photos, edits = reader.read(read, images[:drawings]), reader.read(read, images[drawings:])
         each = len(edits["kind"]) // len(ASKED[kind])
-        looks = ["style"] if kind == "style" else ["kind", "colour", "pattern"]
+        looks = LOOKS.get(concept, ["kind", "colour", "pattern"])
         asked = [edits[q][i * each : (i + 1) * each] for i, (q, _) in enumerate(ASKED[kind])]
         seen[word] = {
             "looks": sum(share(photos[q], {getattr(truth, q)}) for q in looks) / len(looks),
             "sentence": sum(share(a, {w}) for a, (_, w) in zip(asked, ASKED[kind], strict=True)) / len(asked),
-            "background": share(photos["background"], own_backgrounds),
+            "background": share(photos["background"], own_backgrounds) if kind == "object" else None,
         }
 
     first, word = config["initializer_token"], config["placeholder_token"]
@@ -96,8 +97,8 @@ def measure(folder, drawings, with_first_word):
 
 def learn_and_measure(concept, seed, folder, args, first, threads):
     """One run of train.py and its measurement, each in a process of its own."""
-    if not (folder / "judged.json").exists():
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if not (folder / "curves.png").exists():  # what train.py writes last
         command = [sys.executable, str(HERE.parent / "train.py"), "--images", str(HERE / "concepts" / concept)]
         command += ["--placeholder_token", f"<{concept}>", "--initializer_token", world.INITIALIZERS[concept]]
         command += ["--learnable_property", kind_of(concept), "--seed", str(seed), "--preview_steps", "0"]
@@ -105,66 +106,89 @@ def learn_and_measure(concept, seed, folder, args, first, threads):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"train.py failed on {concept}, seed {seed}:\n{done.stderr[-2000:]}")
+    row = sample.read_json(folder / "judged.json")
+    if not row or not (first or "first" in row):
         command = [sys.executable, __file__, "--measure", str(folder), "--drawings", str(args.drawings)]
         subprocess.run([*command, *["--with_first_word"] * (first is None)], env=environment, check=True)
-    row = json.loads((folder / "judged.json").read_text())
-    row["first"] = row.get("first") or first
+        row = sample.read_json(folder / "judged.json")
+    row["first"] = first or row["first"]
     for words in (row["first"], row["word"]):
         words["closed"] = (words["clip_i"] - row["first"]["clip_i"]) / (row["fresh"] - row["first"]["clip_i"])
     return row
 
 
+def values(rows, column, concept=None):
+    chosen = [r["word"][column] for r in rows if concept in (None, r["concept"])]
+    return [value for value in chosen if value is not None]
+
+
 def mean(numbers):
-    return sum(numbers) / len(numbers)
+    return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
 def noise(rows, column):
     """The standard deviation between the seeds of one concept, pooled over the concepts; None without two seeds."""
-    groups = [[r["word"][column] for r in rows if r["concept"] == c] for c in {r["concept"] for r in rows}]
-    freedom = sum(len(group) - 1 for group in groups)
-    return math.sqrt(sum((x - mean(g)) ** 2 for g in groups for x in g) / freedom) if freedom else None
+    groups = [values(rows, column, concept) for concept in sorted({r["concept"] for r in rows})]
+    freedom = sum(len(group) - 1 for group in groups if group)
+    return math.sqrt(sum((x - mean(g)) ** 2 for g in groups for x in g) / freedom) if freedom > 0 else None
 
 
 def verdict(column, rows, baseline):
-    """(difference to the baseline on the same concepts, its standard error, what to think of it)."""
-    same = [r for r in baseline if r["concept"] in {row["concept"] for row in rows}]
-    by_concept = {r["concept"] for r in same}
-    average = lambda rows: mean(  # noqa: E731
-        [mean([r["word"][column] for r in rows if r["concept"] == concept]) for concept in sorted(by_concept)]
+    """(mean of the baseline, difference to it, its standard error, what to think of it), over the concepts of both.
+
+    None where there is nothing to compare with. The spread is that between seeds: of these runs where they have two
+    seeds each, of the baseline's, or of the baseline's alone.
+    """
+    has = lambda rows: {r["concept"] for r in rows if r["word"][column] is not None}  # noqa: E731
+    common = sorted(has(rows) & has(baseline))
+    base = noise(baseline, column)
+    if not common or base is None:
+        return None
+    ours, theirs = ([values(x, column, concept) for concept in common] for x in (rows, baseline))
+    before, difference = (
+        mean([mean(g) for g in theirs]),
+        mean([mean(g) for g in ours]) - mean([mean(g) for g in theirs]),
     )
-    difference, spread = average(rows) - average(same), noise(baseline, column)
-    error = spread * math.sqrt(1 / len(rows) + 1 / len(same))
-    if abs(difference) <= 3 * error:  # of a hundred comparisons of the same method, about one would be called different
-        return difference, error, "equal"
-    better = (difference > 0) == (column in MORE_IS_BETTER)
-    return difference, error, "BETTER" if better else "WORSE"
+    own = max(base, noise(rows, column) or 0)
+    error = math.sqrt(sum(own**2 / len(g) for g in ours) + sum(base**2 / len(g) for g in theirs)) / len(common)
+    if abs(difference) <= 3 * error:  # one comparison in a hundred or less of the same method comes out as different
+        return before, difference, error, "equal"
+    if column == "background":  # fewer can also mean that no background at all is drawn
+        return before, difference, error, "more" if difference > 0 else "less"
+    return before, difference, error, "BETTER" if difference > 0 else "WORSE"
 
 
 def report(rows, baseline):
     """Print the table."""
-    line = lambda name, cells: print(f"{name:18}" + "".join(f"{cell:>17}" for cell in cells))  # noqa: E731
+    text = lambda number, form=".3f": "" if number is None or math.isnan(number) else format(number, form)  # noqa: E731
+    line = lambda name, cells: print(f"{name:20}" + "".join(f"{cell:>16}" for cell in cells))  # noqa: E731
     line("", COLUMNS)
     for concept in [c for c in CONCEPTS if c in {r["concept"] for r in rows}]:
         own = [r for r in rows if r["concept"] == concept]
-        line(
-            f"{concept} ({len(own)} seed{'s' * (len(own) > 1)})",
-            [f"{mean([r['word'][c] for r in own]):.3f} ({own[0]['first'][c]:.3f})" for c in COLUMNS],
-        )
-    means = {c: mean([r["word"][c] for r in rows]) for c in COLUMNS}
-    line("mean", [f"{means[c]:.3f}" for c in COLUMNS])
-    if (spread := {c: noise(rows, c) for c in COLUMNS})["clip_i"] is not None:
-        line("standard error", [f"{spread[c] / math.sqrt(len(rows)):.3f}" for c in COLUMNS])
-    if baseline:
-        found = {c: verdict(c, rows, baseline) for c in COLUMNS}
-        line("against baseline", [f"{found[c][0]:+.3f}" for c in COLUMNS])
-        line("chance (1 s.e.)", [f"{found[c][1]:.3f}" for c in COLUMNS])
-        line("so it is", [found[c][2] for c in COLUMNS])
+        cells = [(mean(values(own, c)), own[0]["first"][c]) for c in COLUMNS]
+        name = f"{concept} ({len(own)} seed{'s' * (len(own) > 1)})"
+        line(name, [f"{text(after)} ({text(before)})" if text(after) else "" for after, before in cells])
+    line("mean", [text(mean(values(rows, c))) for c in COLUMNS])
+    spread = {c: noise(rows, c) or noise(baseline, c) for c in COLUMNS}
+    line("standard error", [text(s and s / math.sqrt(len(values(rows, c)))) for c, s in spread.items()])
+    found = [verdict(c, rows, baseline) for c in COLUMNS]
+    if not any(found):
+        print("there is no baseline for these concepts: make one of the untouched method with --save_baseline")
+        return
+    line("untouched method", [text(f and f[0]) for f in found])
+    line("difference", [text(f and f[1], "+.3f") for f in found])
+    line("its standard error", [text(f and f[2]) for f in found])
+    line("so it is", [f[3] if f else "" for f in found])
+
+
+def fingerprint(paths):
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:8]
 
 
 def main():
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="kat, finn and blueprint, one seed, 32 drawings")
+    parser.add_argument("--quick", action="store_true", help="kat, finn and blueprint, one seed")
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS)
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--drawings", type=int, default=64, help="of the word, and as many of the editing sentences")
@@ -182,12 +206,18 @@ def main():
         mu.atomic_write(args.measure / "judged.json", lambda buffer: buffer.write(json.dumps(row, indent=1).encode()))
         return
     concepts = args.concepts or (["kat", "finn", "blueprint"] if args.quick else CONCEPTS)
-    seeds = args.seeds or ([0] if args.quick else [0, 1])
-    args.drawings = 32 if args.quick else args.drawings
-    baseline = [] if args.save_baseline else (sample.read_json(HERE / "baseline.json") or [])
-    # a run is done again when a script or an option is another one
-    scripts = b"".join((HERE.parent / f"{name}.py").read_bytes() for name in ("train", "sample", "model_utils", "data"))
-    method = hashlib.sha256(scripts + json.dumps([args.options, args.drawings]).encode()).hexdigest()[:8]
+    seeds = args.seeds or ([0] if args.quick else [0, 1, 2] if args.save_baseline else [0, 1])
+    if args.save_baseline and (len(set(seeds)) < 2 or set(concepts) < set(CONCEPTS)):
+        parser.error("--save_baseline needs all concepts and two seeds or more")
+    # A run is learned again when the code, the model or an option is another one.
+    model = fingerprint([*HERE.glob("*/*.safetensors"), *HERE.glob("*.safetensors"), *HERE.glob("concepts/*/*.png")])
+    code = fingerprint([*HERE.parent.glob("*.py"), *(HERE / name for name in ("judge.py", "reader.py", "world.py"))])
+    method = hashlib.sha256(json.dumps([model, code, args.options, args.drawings]).encode()).hexdigest()[:8]
+    saved = {} if args.save_baseline else sample.read_json(HERE / "baseline.json")
+    if saved and (saved["model"], saved["drawings"]) != (model, args.drawings):
+        print("note: baseline.json is of another model or number of drawings, and is left out", file=sys.stderr)
+        saved = {}
+    baseline = saved.get("rows", [])
     workers = args.workers or (1 if torch.cuda.is_available() else min(8, os.cpu_count()))
     threads = max(1, os.cpu_count() // workers)
     jobs = [(concept, seed) for seed in seeds for concept in concepts]
@@ -197,11 +227,18 @@ def main():
         first = next((r["first"] for r in baseline if r["concept"] == concept), None)
         return learn_and_measure(concept, seed, args.out / method / f"{concept}-{seed}", args, first, threads)
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         rows = list(tqdm(pool.map(job, jobs), total=len(jobs), desc="learning and measuring", unit="run", disable=None))
+    except KeyboardInterrupt:
+        print("stopped; what is done is kept for the next time", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        pool.shutdown(cancel_futures=True)
     report(rows, baseline)
     where = HERE / "baseline.json" if args.save_baseline else args.out / method / "judged.json"
-    mu.atomic_write(where, lambda buffer: buffer.write(json.dumps(rows, indent=1).encode()))
+    content = {"model": model, "drawings": args.drawings, "options": args.options, "rows": rows}
+    mu.atomic_write(where, lambda buffer: buffer.write(json.dumps(content, indent=1).encode()))
     print(f"all figures in {where}")
 
 

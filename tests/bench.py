@@ -6,7 +6,8 @@
 
 All rows are measured in one run, in turns, so that a busy machine slows all of them alike; each is a median.
 
-    ours        one round of train.py's own loop, everything in it included (log, fixed batch and checkpoint too)
+    ours        one round of train.py's own loop as it runs
+    mean        its mean, which has its share of the log lines (each with the loss of the fixed batch) as well
     floor       the bare forward and backward of text encoder and UNet, which nothing can avoid
     classical   the picture encoded at each step, CLIP's whole table trained by AdamW, all but the new row copied back
 """
@@ -90,7 +91,7 @@ class Classical:
 
 def bench_training(options, memory_only):
     """Run train.py and, before each of its steps, the others. -> {row: seconds}"""
-    times, kept, resident = {"ours": [], "floor": [], "classical": []}, {}, []
+    times, kept, resident, peaks = {"ours": [], "floor": [], "classical": []}, {}, [], []
     loaders = {part: getattr(mu, part) for part in ("load_unet", "load_text_encoder")}
     for part, load in loaders.items():  # what train.py loads is shared with the others
         keep = lambda *a, load=load, part=part, **k: kept.setdefault(part, load(*a, **k))  # noqa: E731
@@ -136,6 +137,10 @@ def bench_training(options, memory_only):
                 )
             timed("floor", floor)
             timed("classical", kept["classical"].step)
+        if memory_only and not started and Path("/proc/self/clear_refs").exists():
+            with contextlib.suppress(OSError):
+                peaks.append(resident_gb("VmHWM"))  # of loading
+                Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
         started.append(time.perf_counter())
         return step_generator(seed, step)
 
@@ -148,9 +153,14 @@ def bench_training(options, memory_only):
         for part, load in loaders.items():
             setattr(mu, part, load)
     if memory_only:
-        now, most = statistics.median(resident), resident_gb("VmHWM")
-        print(f"resident memory while stepping {now:.2f} GB, at most so far {most:.2f} GB")
-    return {name: statistics.median(seconds[2:]) for name, seconds in times.items() if len(seconds) > 2}
+        now, most, loading = statistics.median(resident), resident_gb("VmHWM"), max(peaks, default=float("nan"))
+        print(
+            f"resident memory: while stepping {now:.2f} GB, at most {most:.2f}; while loading at most {loading:.2f} GB"
+        )
+        if device.type == "cuda":
+            print(f"memory of the card, at most: {torch.cuda.max_memory_allocated() / 2**30:.2f} GB")
+    medians = {name: statistics.median(seconds[2:]) for name, seconds in times.items() if len(seconds) > 2}
+    return medians | {"mean": statistics.fmean(times["ours"][2:])}
 
 
 def bench_drawing(model, device, precision, rounds):
@@ -191,7 +201,7 @@ def main():
     parser.add_argument("--no_drawing", action="store_true")
     parser.add_argument("options", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
-    rounds = args.rounds or (6 if args.full_size else 60)
+    rounds = max(4, args.rounds or (6 if args.full_size else 60))
     device = mu.choose_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, diffusers {diffusers.__version__}"

@@ -1,6 +1,7 @@
 """A checkpoint of Stable Diffusion 1.4's exact sizes with random weights, 4 GB on disk: for tests and benchmarks."""
 
 import gc
+import json
 
 import torch
 from conftest import build_tokenizer
@@ -43,4 +44,10 @@ def build(folder, dtype=torch.float32):
     build_tokenizer(size=TEXT["vocab_size"], length=77).save_pretrained(folder / "tokenizer")
     schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     PNDMScheduler(**schedule, skip_prk_steps=True, steps_offset=1).save_pretrained(folder / "scheduler")
+    libraries = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "PNDMScheduler"}
+    index = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {name: ["diffusers", kind] for name, kind in libraries.items()}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder

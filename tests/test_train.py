@@ -175,10 +175,18 @@ def test_what_a_run_tells(learn, tiny_model):
     assert rows[-1]["vocabulary_norm"] == pytest.approx(table.weight.norm(dim=1).median().item(), rel=1e-5)
     assert rows[0]["nearest"][0][0] == "cat" and len(rows[0]["nearest"][0]) == 3
     for row in rows:  # the mean over the quarters of the timesteps, which stratified batches hold in equal shares
-        assert row["loss"] == pytest.approx(sum(row["loss_by_timestep"]) / 4, rel=1e-5)
-        assert row["loss_by_timestep"][0] != row["loss_by_timestep"][3] and row["grad_norm"] > 0
+        assert row["loss"] == pytest.approx(sum(row["loss_by_timestep"]) / 4, rel=1e-5) and row["grad_norm"] > 0
     with Image.open(folder / "curves.png") as curves:
         assert len(curves.convert("RGB").getcolors()) > 5
+
+
+def test_losses_are_told_by_quarters_of_the_timesteps(learn, monkeypatch):
+    plain = train.inversion_loss
+    monkeypatch.setattr(train, "inversion_loss", lambda *args: plain(*args) * 0 + args[3] // 250)
+    rows = [json.loads(line) for line in (learn("--batch_size", "4") / "log.jsonl").read_text().splitlines()]
+    assert [row["loss_by_timestep"] for row in rows] == [[0, 1, 2, 3]]
+    rows = [json.loads(line) for line in (learn(steps=1, out="one") / "log.jsonl").read_text().splitlines()]
+    assert rows[0]["loss_by_timestep"].count(None) == 2  # two pictures cannot be in four quarters
 
 
 def test_the_fixed_batch_gives_a_curve_that_can_be_read(learn):
@@ -205,18 +213,20 @@ def test_early_stop_ends_the_run_where_the_loss_settles(learn, monkeypatch, caps
     assert "settled   after step 6" in capsys.readouterr().out
     learn("--resume", "--early_stop", steps=20)  # has nothing more to do
     assert torch.load(folder / "state.pt", weights_only=True)["step"] == 6
+    learn("--resume", "--no-early_stop", steps=20)
+    assert torch.load(folder / "state.pt", weights_only=True)["step"] == 20
 
 
 def test_tensorboard_where_it_is_and_a_sentence_where_not(learn, monkeypatch):
     written = []
     fake = types.SimpleNamespace(
-        SummaryWriter=lambda folder: types.SimpleNamespace(
-            add_scalar=lambda *point: written.append(point), close=lambda: written.append("closed")
+        SummaryWriter=lambda folder, purge_step: types.SimpleNamespace(
+            add_scalar=lambda *point: written.append(point), flush=lambda: None, close=lambda: written.append("closed")
         )
     )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    learn("--tensorboard", "--log_steps", "2", steps=4)
-    assert {point[0] for point in written[:-1]} >= {"loss", "eval_loss", "grad_norm", "row_norm", "cosine_to_start"}
+    learn("--tensorboard", "--log_steps", "2", "--batch_size", "4", steps=4)
+    assert {point[0] for point in written[:-1]} >= {"loss", "eval_loss", "grad_norm", "row_norm", "loss_by_timestep/3"}
     assert {point[2] for point in written[:-1]} == {2, 4} and written[-1] == "closed"
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(mu.UserError, match="--tensorboard is not installed"):
@@ -369,6 +379,52 @@ def test_ctrl_c_saves_and_says_how_to_go_on(learn, monkeypatch, capsys):
     resumed = train.train(train.parse_options(["--resume", "--output_dir", str(whole.parent / "stopped")]))
     name = "learned_embeds.safetensors"
     assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("where", ["save", "preview", "loading"])
+def test_ctrl_c_loses_nothing_whenever_it_comes(learn, monkeypatch, capsys, tiny_model, pictures, where):
+    import signal
+
+    import sample
+
+    module, name = {"save": (mu, "save_embedding"), "preview": (sample, "draw"), "loading": (mu, "load_vae")}[where]
+    real, calls = getattr(module, name), []
+
+    def interrupting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == (2 if where == "preview" else 1):  # the first preview is that of step 0
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, interrupting)
+    options = ["--model", tiny_model, "--images", pictures, "--steps", "9", "--batch_size", "2", "--no-score"]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*options, "--save_steps", "3", "--preview_steps", "2", "--output_dir", "run"])
+    assert stop.value.code == 130
+    if where == "loading":
+        assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+        return
+    step = {"save": 4, "preview": 3}[where]  # it comes during step 3 or step 2: the next one is the last
+    assert f"stopped after step {step}, all is saved" in capsys.readouterr().out
+    assert torch.load("run/state.pt", weights_only=True)["step"] == step
+
+
+def test_previews_of_a_resumed_run_follow_each_other(learn, monkeypatch):
+    """Whatever --preview_steps is: no gaps, no row twice."""
+    learn("--preview_steps", "2", "--log_steps", "1", steps=4)
+    with Image.open("run/preview.png") as sheet:
+        before = np.asarray(sheet)
+    learn("--preview_steps", "3", "--resume", steps=7)  # the word at steps 6 and 7
+    with Image.open("run/preview.png") as sheet:
+        after = np.asarray(sheet)
+    rows = len(before) // 4  # training pictures, steps 0, 2 and 4
+    assert len(before) == 4 * rows and len(after) == 6 * rows and np.array_equal(after[: 4 * rows], before)
+    assert all(after[i * rows + 20 : (i + 1) * rows].std() > 5 for i in range(6))
+
+
+def test_a_run_may_log_seldom(learn):
+    folder = learn("--log_steps", "50", steps=45)
+    assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [45]
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step(learn, monkeypatch):
