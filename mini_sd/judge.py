@@ -72,6 +72,10 @@ def measure(folder, drawings, with_first_word):
     fresh, _ = sample.embed(clip, [world.draw(world.concept_picture(concept, 100 + i)) for i in range(64)], ["a"])
     read, truth = reader.load_reader(), world.concept_picture(concept, 0)
     own_backgrounds = {world.concept_picture(concept, i).background for i in range(len(training_images))}
+    accepted = {
+        question: {getattr(truth, question)} for question in ("kind", "colour", "pattern", "style", "background")
+    }
+    accepted["colour"] |= {truth.second} if truth.pattern != "plain" else set()  # of stripes either may seem to be it
     seen = {}
 
     def look(word, images):
@@ -80,7 +84,7 @@ def measure(folder, drawings, with_first_word):
         looks = LOOKS.get(concept, ["kind", "colour", "pattern"])
         asked = [edits[q][i * each : (i + 1) * each] for i, (q, _) in enumerate(ASKED[kind])]
         seen[word] = {
-            "looks": sum(share(photos[q], {getattr(truth, q)}) for q in looks) / len(looks),
+            "looks": mean([share(photos[q], accepted[q]) for q in looks]),
             "sentence": sum(share(a, {w}) for a, (_, w) in zip(asked, ASKED[kind], strict=True)) / len(asked),
             "background": share(photos["background"], own_backgrounds) if kind == "object" else None,
         }
