@@ -17,7 +17,10 @@ are not learned again. The columns:
     background       of "a photo of a <word>", the share with a background of the training pictures: much more than for
                      the first word means that it was learned too (objects only)
 
-The last three are read off the drawings by `reader.py`.
+"told in words": what the frozen model draws when it is told all that can be said of the four objects ("orange cat with
+purple stripes and a blue crown"). The editing sentences ask for no stripes, so that CLIP-T falls with any likeness.
+
+The last three columns are read off the drawings by `reader.py`.
 """
 
 import argparse
@@ -25,9 +28,11 @@ import hashlib
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -89,13 +94,19 @@ def measure(folder, drawings, with_first_word):
             "background": share(photos["background"], own_backgrounds) if kind == "object" else None,
         }
 
-    first, word = config["initializer_token"], config["placeholder_token"]
-    words = [first, word] if with_first_word else [word]
+    words = {"word": config["placeholder_token"]}
+    if with_first_word:
+        words["first"] = config["initializer_token"]
+    if with_first_word and kind == "object":
+        phrase = world.noun_phrase(replace(truth, background="white"), random.Random(0), keep=1.0)
+        words["told"] = phrase.removesuffix(" on a white background")
     how = sample.read_json(HERE / "model_index.json")["_sampling"] | {"batch_size": 32, "progress": False}
-    scores = sample.score_embedding(parts, clip, training_images, words, kind, drawings, look=look, **how)["words"]
+    scores = sample.score_embedding(parts, clip, training_images, [*words.values()], kind, drawings, look=look, **how)[
+        "words"
+    ]
     row = {"concept": concept, "seed": config["seed"], "drawings": drawings, "fresh": (fresh @ known.T).mean().item()}
-    for name, key in zip(words, ["first", "word"] if with_first_word else ["word"], strict=True):
-        row[key] = {"clip_i": scores[name]["clip_i"]["mean"], "clip_t": scores[name]["clip_t"]["mean"], **seen[name]}
+    for key, word in words.items():
+        row[key] = {name: scores[word][name]["mean"] for name in ("clip_i", "clip_t")} | seen[word]
     return row
 
 
@@ -116,7 +127,7 @@ def learn_and_measure(concept, seed, folder, args, first, threads):
         subprocess.run([*command, *["--with_first_word"] * (first is None)], env=environment, check=True)
         row = sample.read_json(folder / "judged.json")
     row["first"] = first or row["first"]
-    for words in (row["first"], row["word"]):
+    for words in (row[key] for key in ("first", "told", "word") if key in row):
         words["closed"] = (words["clip_i"] - row["first"]["clip_i"]) / (row["fresh"] - row["first"]["clip_i"])
     return row
 
@@ -172,6 +183,9 @@ def report(rows, baseline):
         cells = [(mean(values(own, c)), own[0]["first"][c]) for c in COLUMNS]
         name = f"{concept} ({len(own)} seed{'s' * (len(own) > 1)})"
         line(name, [f"{text(after)} ({text(before)})" if text(after) else "" for after, before in cells])
+    told = [r for r in rows + baseline if "told" in r and r["concept"] in {row["concept"] for row in rows}]
+    told = {r["concept"]: r["told"] for r in told}  # one each: no learning, no chance
+    line("told in words", [text(mean([t[c] for t in told.values()])) for c in COLUMNS])
     line("mean", [text(mean(values(rows, c))) for c in COLUMNS])
     spread = {c: noise(rows, c) or noise(baseline, c) for c in COLUMNS}
     line("standard error", [text(s and s / math.sqrt(len(values(rows, c)))) for c, s in spread.items()])

@@ -412,7 +412,7 @@ def stage_export(args):
     (out / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocess, indent=2) + "\n")
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
-        "_sampling": {"guidance": 4.0, "steps": 25},  # what sample.py draws with where nothing else is asked
+        "_sampling": {"guidance": 4.0, "steps": 15},  # what sample.py draws with where nothing else is asked
         "feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False,
         "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
