@@ -50,6 +50,11 @@ def choose_device(name):
     return torch.device(name)
 
 
+def send(tensor, device):
+    """Copy a tensor of the CPU to the device without waiting for what the device is busy with."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def choose_dtype(precision, device):
     """'auto', 'no', 'fp32', 'fp16' or 'bf16' -> torch.dtype of the frozen weights (learned rows are always fp32)."""
     if precision == "auto":

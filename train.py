@@ -42,10 +42,15 @@ def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule):
     return (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # [B]
 
 
-def draw_timesteps(batch_size, num_train_timesteps, generator):
-    """Timesteps [B], one from each of B equal parts of the range: each is uniform, together they are spread evenly."""
-    parts = torch.arange(batch_size) + torch.rand(batch_size, generator=generator)
-    return (parts * num_train_timesteps / batch_size).long().clamp(max=num_train_timesteps - 1)
+def draw_timesteps(batch_size, num_train_timesteps, generator, sampling):
+    """Timesteps [B], one from each of B equally likely parts of the range: together they are spread evenly over it.
+
+    sampling "uniform": as in the paper. "cubic": the noisier the likelier, for there the sentence decides what is to
+    come (T2I-Adapter, Mou et al. 2023, arXiv:2302.08453).
+    """
+    u = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size  # in [0, 1)
+    t = u if sampling == "uniform" else 1 - u**3
+    return (t * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 
 def learning_rate(step, args):
@@ -121,7 +126,7 @@ def train(args):
 
     def loss_of(batch, timesteps):  # moves a batch to the device, encodes its sentences -> loss [B]
         tensors = (batch.latents, batch.noise, timesteps, batch.token_ids)
-        latents, noise, t, ids = (x.to(device, non_blocking=True) for x in tensors)
+        latents, noise, t, ids = (mu.send(x, device) for x in tensors)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             text_embeddings = mu.encode_tokens(text_encoder, ids)  # [B, L, dim]
             return inversion_loss(unet_to_train, latents, noise, t, text_embeddings, schedule).float()
@@ -130,7 +135,8 @@ def train(args):
     # changes is a curve that can be read.
     generator, fixed_size = step_generator(args.seed, FIXED), max(4, args.batch_size)
     fixed_batch = data.draw_batch(cache, template_ids, fixed_size, generator)
-    fixed_timesteps = draw_timesteps(fixed_size, schedule.num_train_timesteps, generator)
+    num_timesteps = schedule.num_train_timesteps
+    fixed_timesteps = draw_timesteps(fixed_size, num_timesteps, generator, args.timestep_sampling)
     loss_sums, loss_counts = torch.zeros(4, device=device), torch.zeros(4)  # of each quarter of the timesteps
 
     def measure(step, grad_norm, skipped_steps):  # -> one line of the log; begins new sums
@@ -179,13 +185,13 @@ def train(args):
         while step < args.steps and not stopping and not settled:
             generator = step_generator(args.seed, step)
             batch = data.draw_batch(cache, template_ids, args.batch_size * args.grad_accum, generator)
-            timesteps = draw_timesteps(len(batch.latents), schedule.num_train_timesteps, generator)
+            timesteps = draw_timesteps(len(batch.latents), num_timesteps, generator, args.timestep_sampling)
             for i in range(args.grad_accum):  # dealt out in turns: each micro-batch has timesteps of the whole range
                 micro_batch, t = data.Batch(*(x[i :: args.grad_accum] for x in batch)), timesteps[i :: args.grad_accum]
                 loss = loss_of(micro_batch, t)  # [B]
                 scaler.scale(loss.mean() / args.grad_accum).backward()  # reaches learned_rows: nothing else can learn
-                quarters = t * 4 // schedule.num_train_timesteps
-                loss_sums.index_add_(0, quarters.to(device, non_blocking=True), loss.detach())
+                quarters = t * 4 // num_timesteps
+                loss_sums.index_add_(0, mu.send(quarters, device), loss.detach())
                 loss_counts += quarters.bincount(minlength=4)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_([learned_rows], 1.0)
@@ -411,13 +417,19 @@ def build_parser():
     add("--resolution", type=int, help="pixels, default: the model's own")
     add("--center_crop", action="store_true", help="always done, accepted for old notes: pictures are never squashed")
     add = parser.add_argument_group("learning").add_argument
-    add("--steps", "--max_train_steps", type=int, default=300, help="steps of the optimizer")
+    add("--steps", "--max_train_steps", type=int, default=250, help="steps of the optimizer")
     add("--batch_size", "--train_batch_size", type=int, default=8, help="pictures at a time")
     add("--grad_accum", "--gradient_accumulation_steps", type=int, default=1, help="batches in a step")
     add("--lr", "--learning_rate", type=float, default=5e-3, help="learning rate")
     add("--scale_lr", action="store_true", help="multiply --lr by pictures a step")
     add("--lr_scheduler", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up")
     add("--lr_warmup_steps", type=int, default=10, help="steps to reach --lr in")
+    add(
+        "--timestep_sampling",
+        choices=["cubic", "uniform"],
+        default="cubic",
+        help="cubic: mostly noisy ones, which teach the word sooner; uniform: the paper's",
+    )
     add(
         "--early_stop",
         action=FLAG,

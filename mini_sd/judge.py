@@ -110,7 +110,7 @@ def measure(folder, drawings, with_first_word):
     return row
 
 
-def learn_and_measure(concept, seed, folder, args, first, threads):
+def learn_and_measure(concept, seed, folder, args, with_first_word, threads):
     """One run of train.py and its measurement, each in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     if not (folder / "curves.png").exists():  # what train.py writes last
@@ -122,14 +122,20 @@ def learn_and_measure(concept, seed, folder, args, first, threads):
         if done.returncode:
             raise SystemExit(f"train.py failed on {concept}, seed {seed}:\n{done.stderr[-2000:]}")
     row = sample.read_json(folder / "judged.json")
-    if not row or not (first or "first" in row):
+    if not row or with_first_word > ("first" in row):
         command = [sys.executable, __file__, "--measure", str(folder), "--drawings", str(args.drawings)]
-        subprocess.run([*command, *["--with_first_word"] * (first is None)], env=environment, check=True)
+        subprocess.run([*command, *["--with_first_word"] * with_first_word], env=environment, check=True)
         row = sample.read_json(folder / "judged.json")
-    row["first"] = first or row["first"]
-    for words in (row[key] for key in ("first", "told", "word") if key in row):
-        words["closed"] = (words["clip_i"] - row["first"]["clip_i"]) / (row["fresh"] - row["first"]["clip_i"])
     return row
+
+
+def compare_with_first_words(rows, firsts):
+    """What does not depend on the learning is measured once a concept: give it to all rows, and the share closed."""
+    firsts = firsts | {row["concept"]: row["first"] for row in rows if "first" in row}
+    for row in rows:
+        first = row["first"] = firsts[row["concept"]]
+        for words in (row[key] for key in ("first", "told", "word") if key in row):
+            words["closed"] = (words["clip_i"] - first["clip_i"]) / (row["fresh"] - first["clip_i"])
 
 
 def values(rows, column, concept=None):
@@ -209,7 +215,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="kat, finn and blueprint, one seed")
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS)
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--drawings", type=int, default=64, help="of the word, and as many of the editing sentences")
+    parser.add_argument("--drawings", type=int, default=48, help="of the word, and as many of the editing sentences")
     parser.add_argument("--workers", type=int, help="runs side by side (default: one a core, at most 8; 1 on a GPU)")
     parser.add_argument("--out", type=Path, default=Path("runs", "judged"), help="folder for the runs")
     parser.add_argument(
@@ -240,10 +246,13 @@ def main():
     threads = max(1, os.cpu_count() // workers)
     jobs = [(concept, seed) for seed in seeds for concept in concepts]
 
+    firsts = {row["concept"]: row["first"] for row in baseline}
+
     def job(concept_and_seed):
         concept, seed = concept_and_seed
-        first = next((r["first"] for r in baseline if r["concept"] == concept), None)
-        return learn_and_measure(concept, seed, args.out / method / f"{concept}-{seed}", args, first, threads)
+        with_first_word = concept not in firsts and seed == seeds[0]
+        folder = args.out / method / f"{concept}-{seed}"
+        return learn_and_measure(concept, seed, folder, args, with_first_word, threads)
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -253,6 +262,7 @@ def main():
         sys.exit(130)
     finally:
         pool.shutdown(cancel_futures=True)
+    compare_with_first_words(rows, firsts)
     report(rows, baseline)
     where = HERE / "baseline.json" if args.save_baseline else args.out / method / "judged.json"
     content = {"model": model, "drawings": args.drawings, "options": args.options, "rows": rows}

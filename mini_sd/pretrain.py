@@ -32,7 +32,7 @@ import world  # noqa: E402
 
 TRAIN_SEED, TEST_SEED = 1, 2
 TEXT_LENGTH = 32
-STAGES = ["pictures", "tokenizer", "vae", "latents", "decoder", "clip", "texts", "unet", "export", "check"]
+STAGES = ["pictures", "tokenizer", "vae", "latents", "clip", "texts", "unet", "export", "check"]
 SCHEDULER = {  # Stable Diffusion 1.4's own
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
@@ -207,18 +207,12 @@ def stage_tokenizer(args):
         build_tokenizer(sentences).save_pretrained(args.work / "tokenizer")
 
 
-def stage_vae(args, name="vae", lr=2e-3):
+def stage_vae(args):
     device, images = args.device, load_pictures(args, "train")[0]
     test = to_float(load_pictures(args, "test")[0][:256])
     vae = build_vae().to(device, memory_format=torch.channels_last)
-    if name == "decoder":  # the encoder and its latents stay as the UNet knows them
-        vae.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True)["modules"][0])
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in vae.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4, betas=(0.9, 0.99)
-    )
-    run = Run(args, name, [vae], optimizer)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.99))
+    run = Run(args, "vae", [vae], optimizer)
     generator = torch.Generator().manual_seed(run.step)
     going = run.progress() < 1
     while going:
@@ -230,7 +224,7 @@ def stage_vae(args, name="vae", lr=2e-3):
         # edges of the drawing matter more than areas of flat colour: also compare differences of neighbours
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         loss = error.abs().mean() + error.square().mean() + 0.25 * edges + 1e-6 * posterior.kl().mean()
-        set_lr(optimizer, lr, run.progress(), run.step, warmup=100)
+        set_lr(optimizer, 2e-3, run.progress(), run.step, warmup=100)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -246,11 +240,6 @@ def stage_vae(args, name="vae", lr=2e-3):
             print(f"vae: {psnr(y, test):.2f} dB on pictures it has not seen", flush=True)
             save_sheet([test[:12], y[:12], test[12:24], y[12:24]], args.work / "vae.png")
     run.save()
-
-
-def stage_decoder(args):
-    """Train the decoder on while the encoder rests: it can go on beside the unet stage."""
-    stage_vae(args, "decoder", 1e-3)
 
 
 def stage_clip(args):
@@ -389,10 +378,9 @@ def stage_export(args):
     out = args.out
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     tokenizer.save_pretrained(out / "tokenizer")
-    decoder = "decoder" if (args.work / "decoder.pt").exists() else "vae"
     load = lambda name, i: torch.load(args.work / f"{name}.pt", weights_only=True)["modules"][i]  # noqa: E731
     vae, unet, clip = build_vae(), build_unet(), build_clip(tokenizer)
-    vae.load_state_dict(load(decoder, 0))
+    vae.load_state_dict(load("vae", 0))
     vae.register_to_config(scaling_factor=torch.load(args.work / "latents.pt", weights_only=True)["scale"])
     unet.load_state_dict(load("unet", 1))
     clip.load_state_dict(load("clip", 0))
@@ -455,12 +443,10 @@ def stage_check(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument(
-        "--minutes", type=float, help="training time of the stage (default: vae 45, decoder 15, clip 15, unet 200)"
-    )
+    parser.add_argument("--minutes", type=float, help="training time of the stage (default: vae 40, clip 28, unet 112)")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to export the model to")
-    parser.add_argument("--pictures", type=int, default=48000)
+    parser.add_argument("--pictures", type=int, default=32000)
     parser.add_argument("--vae_batch", type=int, default=16)
     parser.add_argument("--clip_batch", type=int, default=256)
     parser.add_argument("--unet_batch", type=int, default=64)
@@ -473,7 +459,7 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        args.minutes = minutes or {"vae": 45, "decoder": 15, "clip": 15, "unet": 200}.get(stage, 0)
+        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112}.get(stage, 0)
         torch.manual_seed(0)
         globals()[f"stage_{stage}"](args)
 

@@ -102,7 +102,7 @@ def test_the_unet_knows_noise_and_listens_to_the_sentence(unseen):
     latents = mu.encode_images(vae, unseen[0][:200], batch=50)[0] * vae.config.scaling_factor
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator)
-    timesteps = train.draw_timesteps(len(latents), 1000, generator)
+    timesteps = train.draw_timesteps(len(latents), 1000, generator, "uniform")
     with torch.no_grad():
         losses = []
         for sentences in (unseen[1][:200], unseen[1][200:400]):
