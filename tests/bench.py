@@ -159,8 +159,10 @@ def bench_training(options, memory_only):
         )
         if device.type == "cuda":
             print(f"memory of the card, at most: {torch.cuda.max_memory_allocated() / 2**30:.2f} GB")
-    medians = {name: statistics.median(seconds[2:]) for name, seconds in times.items() if len(seconds) > 2}
-    return medians | {"mean": statistics.fmean(times["ours"][2:])}
+    settled = {name: seconds[min(2, len(seconds) - 1) :] for name, seconds in times.items() if seconds}
+    return {name: statistics.median(seconds) for name, seconds in settled.items()} | {
+        "mean": statistics.fmean(settled["ours"])
+    }
 
 
 def bench_drawing(model, device, precision, rounds):
@@ -201,7 +203,7 @@ def main():
     parser.add_argument("--no_drawing", action="store_true")
     parser.add_argument("options", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
-    rounds = max(4, args.rounds or (6 if args.full_size else 60))
+    rounds = max(2, args.rounds or (6 if args.full_size else 60))
     device = mu.choose_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, diffusers {diffusers.__version__}"
