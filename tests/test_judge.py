@@ -38,6 +38,13 @@ def test_the_same_method_is_equal_and_another_is_not():
     for shift, words in ((0.03, ("BETTER", "more")), (-0.03, ("WORSE", "less"))):
         assert judge.verdict("clip_i", rows_of(shift, salt=7), baseline)[3] == words[0]
         assert judge.verdict("background", rows_of(shift, salt=7), baseline)[3] == words[1]
+    # a concept that chance moves more counts with its own noise, not with that of the others
+    wild = [row | {"word": {"clip_i": 0.5 + 0.1 * (-1) ** row["seed"]}} for row in baseline if row["concept"] == "mint"]
+    shifted = [row | {"word": {"clip_i": 0.7}} for row in wild if row["seed"] == 0]
+    calm = [row for row in baseline if row["concept"] != "mint"]
+    assert judge.verdict("clip_i", shifted, calm + wild)[3] == "equal"
+    kat = [row for row in rows_of(0.06, salt=7) if row["concept"] == "kat"]
+    assert judge.verdict("clip_i", kat, calm + wild)[3] == "BETTER"
     # what would be a difference is none where the runs themselves differ as much
     assert judge.verdict("clip_i", rows_of(0.03, noise=0.06, salt=7), baseline)[3] == "equal"
 
@@ -45,10 +52,11 @@ def test_the_same_method_is_equal_and_another_is_not():
 def test_only_the_concepts_that_were_judged_are_compared():
     baseline = rows_of(seeds=(0, 1, 2))
     some = [row for row in rows_of(salt=3, seeds=(0,)) if row["concept"] in ("kat", "mint")]
+    theirs = [row for row in baseline if row["concept"] in ("kat", "mint")]
     before, difference, error, _ = judge.verdict("looks", some, baseline)
     assert before == pytest.approx(0.5 + 0.05 * 2.5, abs=0.02)  # the two concepts lie 0.25 apart
     assert abs(difference) < 0.03
-    assert error == pytest.approx(judge.noise(baseline, "looks") * (1 / 2 + 1 / 6) ** 0.5)
+    assert error == pytest.approx(judge.noise(theirs, "looks") * (1 / 2 + 1 / 6) ** 0.5)
     assert judge.verdict("looks", some, [row for row in baseline if row["concept"] == "pup"]) is None
     assert judge.verdict("looks", some, rows_of(seeds=(0,))) is None  # one seed says nothing about chance
 
