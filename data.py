@@ -155,7 +155,7 @@ def encode_dataset(vae, images, encode_images):
         moments.append(encode_images(vae, torch.stack([image, image.flip(-1)]), 1))  # one at a time saves memory
     mean, std = (torch.stack(parts).cpu() for parts in zip(*moments, strict=True))  # [N, 2, 4, h, w]
     if not (mean.isfinite().all() and std.isfinite().all()):
-        raise UserError("--precision: this model's VAE overflows in half precision; use --precision fp32")
+        raise UserError("--model: its VAE makes numbers that are not finite of these pictures; take another checkpoint")
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     return LatentCache((mean - shift) * scale, std * scale)
 

@@ -37,6 +37,19 @@ class UserError(Exception):
     """A mistake that the user can mend: one sentence that names the option and the remedy."""
 
 
+def explain(error):
+    """What a user can do about an error of PyTorch's own, as one sentence; None if it is another one."""
+    words, origin = str(error).lower(), type(error).__module__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in words:
+        return (
+            "out of memory: take a smaller --batch_size (with as much more --grad_accum it learns alike), "
+            "--gradient_checkpointing, --precision bf16 or fp16, or smaller pictures."
+        )
+    if origin.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile: PyTorch cannot compile on this machine ({_reason(error)}); leave it out."
+    return None
+
+
 # --- Device and precision ---------------------------------------------------------------------------------------------
 
 
@@ -51,8 +64,9 @@ def choose_device(name):
 
 
 def send(tensor, device):
-    """Copy a tensor of the CPU to the device without waiting for what the device is busy with."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """Copy a tensor of the CPU to the device; CUDA need not be waited for (on MPS such copies can be garbled)."""
+    on_cuda = device.type == "cuda"
+    return (tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda)
 
 
 def choose_dtype(precision, device):
@@ -127,6 +141,19 @@ def _unloadable(model, part, why):
     return UserError(f"--model {model}: {where}its part '{part}' cannot be loaded ({why}); is it there and whole?")
 
 
+def native_resolution(model, factor, revision=None):
+    """The size in pixels that a model draws: that of its UNet's latents times the VAE's `factor`."""
+    return read_json(_fetch("--model", model, "unet/config.json", revision))["sample_size"] * factor
+
+
+def read_json(path):
+    """What a JSON file holds; {} if there is no such file. UserError if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)}): mend or remove it.") from error
+
+
 def _fetch(option, name, filename, revision=None):
     """Path of a file in a local folder, or of a Hub repository after downloading it."""
     _refuse_missing(option, name)
@@ -164,8 +191,8 @@ class NoiseSchedule:
     alphas_cumprod: torch.Tensor
     prediction_type: str = "epsilon"  # what the UNet predicts: 'epsilon' or 'v_prediction'
     timestep_spacing: str | None = None  # None: each sampler's usual one, as in diffusers
-    steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    steps_offset: int = 1  # where the file is silent: what diffusers' Stable Diffusion pipeline then sets
+    set_alpha_to_one: bool = True
 
     @property
     def num_train_timesteps(self):
@@ -198,7 +225,7 @@ class NoiseSchedule:
 
 def load_schedule(model, revision=None):
     """NoiseSchedule of the checkpoint's scheduler_config.json. UserError for what is not written out here."""
-    config = json.loads(_fetch("--model", model, "scheduler/scheduler_config.json", revision).read_text())
+    config = read_json(_fetch("--model", model, "scheduler/scheduler_config.json", revision))
     kind, start, end = config.get("beta_schedule"), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     timesteps = config.get("num_train_timesteps", 1000)
     if config.get("trained_betas") is not None:
@@ -354,11 +381,17 @@ def encode_images(vae, images, batch=4):
 
 
 @torch.no_grad()
-def decode_latents(vae, latents, batch=4):
-    """latents [B, 4, h, w] (scaled) -> images [B, 3, H, W] fp32, about [-1, 1]."""
+def decode_latents(vae, latents):
+    """latents [B, 4, h, w] (scaled) -> images [B, 3, H, W] fp32, about [-1, 1]. UserError if they are not finite.
+
+    As many at a time as have the pixels of one picture of 512 x 512: more would be the most memory of a whole run.
+    """
     unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-    chunks = [vae.decode(chunk.to(vae.device, vae.dtype)).sample.float() for chunk in unscaled.split(batch)]
-    return torch.cat(chunks)
+    batch = max(1, 64 * 64 // unscaled[0, 0].numel())
+    images = torch.cat([vae.decode(chunk.to(vae.device, vae.dtype)).sample.float() for chunk in unscaled.split(batch)])
+    if not images.isfinite().all():  # would be saved as black pictures
+        raise UserError("--precision: the drawing is not finite; use --precision fp32.")
+    return images
 
 
 def to_pil(images):
@@ -432,6 +465,8 @@ def load_embedding(source, token=None, dim=None):
         raise UserError(f"--embedding {path} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
     if len(shape) == 2 and shape[0] > MAX_VECTORS:
         raise UserError(f"--embedding {path} holds {shape[0]} vectors; a sentence has room for {MAX_VECTORS}.")
+    if rows.numel() * rows.element_size() > rows.untyped_storage().nbytes():
+        raise UserError(f"--embedding {path} claims {shape} numbers, and holds fewer: nothing in it was used.")
     if dim is not None and shape[-1] != dim:
         theirs, ours = (f"{width} ({FAMILIES.get(width, 'no common model')})" for width in (shape[-1], dim))
         raise UserError(f"--embedding {path} has rows of width {theirs}, the model wants {ours}; use another --model.")
@@ -474,7 +509,7 @@ def _read_tensors(path):
             raise UserError(f"--embedding {path} has {unpacked >> 20} MB; an embedding has a few KB. A checkpoint?")
         if data[8:9] == b"{":  # safetensors: 8 bytes of length, a JSON header, the numbers
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            return safetensors.torch.load(data), header.get("__metadata__", {})
+            return safetensors.torch.load(data), header.get("__metadata__") or {}
         if data.startswith((b"PK", b"\x80")):
             # weights_only: a pickle may otherwise run any program. ParameterDict: a mere container in the paper's files
             with torch.serialization.safe_globals([nn.ParameterDict]):

@@ -308,10 +308,6 @@ def report_scores(scores, path):
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def load_parts(model, words, device="cpu", dtype=torch.float32, revision=None, variant=None):
     """Parts of a model that knows the words of embedding files: {file, run folder or Hub id: new name or None}."""
     options = (device, dtype, revision, variant)
@@ -320,7 +316,8 @@ def load_parts(model, words, device="cpu", dtype=torch.float32, revision=None, v
     found = [mu.load_embedding(source, token, dim) for source, token in words.items()]
     placeholders = {e.token: mu.add_placeholder(tokenizer, e.token, len(e.rows), "--token") for e in found}
     mu.install_learned_rows(text_encoder, sum(placeholders.values(), []), torch.cat([e.rows for e in found]))
-    vae, unet = mu.load_vae(model, *options), mu.load_unet(model, *options)
+    vae = mu.load_vae(model, device, torch.float32, revision, variant)  # in half some VAEs overflow
+    unet = mu.load_unet(model, *options)
     return Parts(tokenizer, text_encoder, vae, unet, mu.load_schedule(model, revision), placeholders)
 
 
@@ -332,20 +329,23 @@ def run(args):
         raise UserError("there is no run in runs/ yet; run train.py first, or name an --embedding.")
     if len(tokens) > len(sources):
         raise UserError(f"--token is given {len(tokens)} times for {len(sources)} --embedding; give one for each.")
-    for name, number in (("num_images", args.num_images), ("batch_size", args.batch_size)):
-        if number is not None and number < 1:
+    for name in ("num_images", "batch_size", "height", "width"):
+        if (number := getattr(args, name)) is not None and number < 1:
             raise UserError(f"--{name} {number}: must be 1 or more.")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: must be 0 or more, and below 2**63.")
     words = dict(itertools.zip_longest(sources, tokens))
     home = next((folder for folder in (Path(sources[0]), Path(sources[0]).parent) if folder.is_dir()), Path())
-    config = read_json(home / "config.json")  # what train.py noted
+    config = mu.read_json(home / "config.json")  # what train.py noted
     learned_on = config.get("model") or mu.load_embedding(sources[0], words[sources[0]]).metadata.get("base_model")
     model, device = args.model or learned_on or mu.DEFAULT_MODEL, mu.choose_device(args.device)
-    options = (mu.choose_dtype(args.precision, device), config.get("revision"), config.get("variant"))
+    origin = vars(args) if args.model else config  # another model has files of its own
+    options = (mu.choose_dtype(args.precision, device), origin.get("revision"), origin.get("variant"))
     parts = load_parts(model, words, device, *options)
 
     # 2. How to draw: as asked, else as the model's folder advises, else as is usual with Stable Diffusion
     how = {"sampler": "dpm++", "steps": 25, "guidance": 7.5, "batch_size": 4, "negative_prompt": ""}
-    how |= read_json(Path(model, "model_index.json")).get("_sampling", {})
+    how |= mu.read_json(Path(model, "model_index.json")).get("_sampling", {})
     names = (*how, "height", "width")
     how |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     kind = config.get("learnable_property", "object")
@@ -397,14 +397,18 @@ def main(argv=None):
     add("--batch_size", type=int, help="drawings at a time, changes none of them (default: 4)")
     add("--output_dir", "--out", help="for the drawings (default: drawings/ in the run folder)")
     add("--model", "--pretrained_model_name_or_path", help="folder or Hub id (default: what the word was learned on)")
+    add("--revision", help="of --model, if it is a Hub id")
+    add("--variant", help="of the weight files of --model, such as fp16")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(default: %(default)s)")
     add("--precision", default="auto", choices=["auto", "no", "fp32", "fp16", "bf16"], help="(default: %(default)s)")
     add("--score", action="store_true", help="measure the word of a run with CLIP: scores.json beside its embedding")
     add("--score_model", help=f"CLIP, folder or Hub id (default: clip/ in the model, else {DEFAULT_SCORE_MODEL})")
     try:
         run(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, UserError) and not mu.explain(error):
+            raise
+        print(f"error: {mu.explain(error) or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

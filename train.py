@@ -10,8 +10,10 @@ All that is learned is the new word's row (or rows) in the text encoder's token 
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
+import shlex
 import signal
 import sys
 from contextlib import suppress
@@ -77,24 +79,31 @@ def has_settled(eval_losses, window=15, share=0.15):
 
 
 def train(args):
-    """Learn the word. Returns the folder that holds it."""
+    """Learn the word -> the folder that holds it. UserError if it cannot be done; SystemExit (130) after Ctrl-C."""
     # 1. The pictures, and what the VAE makes of them: then the VAE is gone
     device = mu.choose_device(args.device)
     dtype = mu.choose_dtype(args.precision, device)
+    args.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]  # kept on resume
     source = {"revision": args.revision, "variant": args.variant}
     tokenizer = mu.load_tokenizer(args.model, args.revision)
     start_id = mu.initializer_id(tokenizer, args.initializer_token)
     token_ids = mu.add_placeholder(tokenizer, args.placeholder_token, args.num_vectors)
     placeholders = {args.placeholder_token: token_ids}
+    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
+    sentences = [template.format(args.placeholder_token) for template in templates]
+    try:
+        template_ids = mu.tokenize(tokenizer, sentences, placeholders)  # [T, L]
+    except UserError as error:
+        raise UserError(f"--num_vectors {args.num_vectors}: so many do not fit into the sentences; fewer.") from error
     schedule = mu.load_schedule(args.model, args.revision).to(device)
     vae = mu.load_vae(args.model, device, **source)
-    args.resolution = args.resolution or vae.config.sample_size
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.resolution < 1 or args.resolution % factor:
+    args.resolution = args.resolution or mu.native_resolution(args.model, factor, args.revision)
+    if args.resolution % factor:
         raise UserError(f"--resolution {args.resolution}: this model needs a multiple of {factor} pixels.")
     images, _ = data.load_images(args.images, args.resolution, args.center_crop)  # [N, 3, R, R]
     cache = data.encode_dataset(vae, images, mu.encode_images)
-    fingerprint = hashlib.sha256(images.numpy().tobytes()).hexdigest()
+    fingerprint = hashlib.sha256(images.numpy()).hexdigest()
     examples = mu.to_pil(images[:4])
     del vae, images
 
@@ -107,18 +116,12 @@ def train(args):
     start_rows = table[[start_id] * args.num_vectors].float()  # [n, dim]
     vocabulary_norm = table.float().norm(dim=1).median().item()
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, start_rows).learned_rows
-    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
-    sentences = [template.format(args.placeholder_token) for template in templates]
-    template_ids = mu.tokenize(tokenizer, sentences, placeholders)  # [T, L]
 
     # fused: the optimizer itself skips a step with infinite gradients and the loop never waits for the device
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)
-    # fp16 gradients are scaled up lest they vanish. Otherwise the
-    # scaler only looks out for infinite ones (which halve the scale, and that changes nothing in fp32 and bf16).
+    # fp16 gradients are scaled up lest they vanish; otherwise the scale stays 1 and it only looks out for infinite ones
     fp16 = dtype == torch.float16
-    scaler = torch.amp.GradScaler(
-        device.type, init_scale=2.0**16 if fp16 else 1.0, growth_interval=2000 if fp16 else 2**30
-    )
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
     run = Run(args, fingerprint, learned_rows, optimizer, scaler)  # its folder; restores them if it is resumed
 
     # 3. What a step computes, and what is looked at now and then
@@ -133,7 +136,7 @@ def train(args):
 
     # The loss of a step is mostly chance: each has other pictures, timesteps and noise. That of one batch that never
     # changes is a curve that can be read.
-    generator, fixed_size = step_generator(args.seed, FIXED), max(4, args.batch_size)
+    generator, fixed_size = step_generator(args.seed, FIXED), args.batch_size * -(-4 // args.batch_size)  # 4 or more
     fixed_batch = data.draw_batch(cache, template_ids, fixed_size, generator)
     num_timesteps = schedule.num_train_timesteps
     fixed_timesteps = draw_timesteps(fixed_size, num_timesteps, generator, args.timestep_sampling)
@@ -167,8 +170,9 @@ def train(args):
         )
         run.add_preview_row(drawings, step)
 
-    if args.preview_steps and run.step == 0:
+    if args.preview_steps and not run.preview_path.exists():
         run.begin_preview(examples)
+    if args.preview_steps and run.step == 0:
         preview(0)
 
     # 4. The loop
@@ -198,7 +202,7 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             scaler.step(optimizer)  # not if a gradient is infinite or NaN
-            scaler.update()
+            scaler.update(None if fp16 else 1.0)
             optimizer.zero_grad(set_to_none=True)
             step += 1
             bar.update()
@@ -225,7 +229,7 @@ def train(args):
                 run.save(step)
             if step - last_progress >= 20:
                 raise UserError(
-                    f"no finite gradient since step {last_progress}: try --precision fp32, or a lower --lr."
+                    f"{step - last_progress} gradients running were not finite: try --precision fp32 or a lower --lr."
                 )
     finally:
         bar.close()
@@ -233,7 +237,7 @@ def train(args):
     if settled:
         print(f"settled   after step {step} (--early_stop)")
     elif step < args.steps:
-        folder = run.folder
+        folder = shlex.quote(str(run.folder))
         print(f"stopped after step {step}, all is saved; go on with: python train.py --resume --output_dir {folder}")
         sys.exit(130)
 
@@ -250,13 +254,13 @@ def train(args):
     run.finish()
     sentence = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
     prompt = sentence[args.learnable_property].format(args.placeholder_token)
-    print(f'try next   python sample.py --embedding {run.folder} --prompt "{prompt}"')
+    print(f'try next   python sample.py --embedding {shlex.quote(str(run.folder))} --prompt "{prompt}"')
     return run.folder
 
 
 def sampling_defaults(model):
     """Steps and guidance that the model's folder advises."""
-    return sample.read_json(Path(model, "model_index.json")).get("_sampling", {})
+    return mu.read_json(Path(model, "model_index.json")).get("_sampling", {})
 
 
 # --- The run's folder -------------------------------------------------------------------------------------------------
@@ -266,13 +270,14 @@ class Run:
     """The folder of a run: checkpoint, embedding files, log, previews. A resumed one restores what learns to `step`."""
 
     def __init__(self, args, fingerprint, learned_rows, optimizer, scaler):
-        self.args, self.folder, self.fingerprint = args, Path(args.output_dir), fingerprint
+        self.args, self.folder, self.fingerprint = args, claim_folder(args), fingerprint
         self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
         self.step, self.log_rows, self.previews, self.tensorboard = 0, [], [], None
         paths = (self.folder / name for name in ("state.pt", "log.jsonl", "preview.png", "curves.png"))
         self.state_path, self.log_path, self.preview_path, self.curves_path = paths
         if args.resume and self.state_path.exists():  # if it was killed before its first checkpoint it begins anew
             self.restore()
+            self.save(self.step)  # a kill can have come between the checkpoint and the word
         else:
             self.clear()
         config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
@@ -287,15 +292,14 @@ class Run:
 
     def clear(self):
         """Remove what an earlier run left behind (--overwrite)."""
-        names = ["learned_embeds.safetensors", "learned_embeds.bin", "scores.json"]
-        others = [*(self.folder / name for name in names), *self.folder.glob("events.out.tfevents*")]
         try:
-            for path in (self.state_path, self.log_path, self.preview_path, self.curves_path, *others):
+            for path in [*(self.folder / name for name in RUN_FILES), *self.folder.glob("events.out.tfevents*")]:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {self.folder} ({error.strerror}): choose another folder.") from error
 
     def restore(self):
+        """Take up the checkpoint, and the log as far as it goes. UserError if the pictures are others."""
         state = load_state(self.state_path)
         if state["images"] != self.fingerprint:
             raise UserError(f"--images {self.args.images}: the pictures are not those that {self.folder} began with.")
@@ -308,6 +312,7 @@ class Run:
                 self.log_rows += [row] if (row := json.loads(line))["step"] <= self.step else []
 
     def save(self, step):
+        """Write the checkpoint, then the word."""
         state = {"rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
         state |= {"scaler": self.scaler.state_dict(), "step": step, "images": self.fingerprint}
         state["previews"] = self.previews
@@ -318,6 +323,7 @@ class Run:
             mu.save_embedding(self.folder / "learned_embeds.bin", *word, bin=True)
 
     def log(self, row):
+        """Add a line to log.jsonl."""
         self.log_rows.append(row)
         try:
             with self.log_path.open("a") as file:
@@ -340,6 +346,8 @@ class Run:
         return [row["eval_loss"] for row in self.log_rows if row["step"] % self.args.log_steps == 0]
 
     def begin_preview(self, examples):
+        """Write a sheet with the training pictures alone."""
+        self.previews = []
         row = sample.image_grid(examples, 4, ["training pictures"])
         mu.atomic_write(self.preview_path, lambda buffer: row.save(buffer, format="PNG"))
 
@@ -372,6 +380,25 @@ class Run:
             print(f"preview    {self.preview_path}")
 
 
+def claim_folder(args):
+    """Make the run's folder, where none is named the next free of runs/<word>, runs/<word>-2, ... -> its path."""
+    try:
+        for run in [Path(args.output_dir)] if args.output_dir else free_folders(args.placeholder_token):
+            with suppress(FileExistsError):  # another run, begun at the same moment, was faster
+                run.mkdir(parents=True, exist_ok=bool(args.output_dir))
+                args.output_dir = str(run)
+                return run
+        raise UserError(f"--output_dir {args.output_dir} is a file: name a folder.")
+    except OSError as error:
+        raise UserError(f"--output_dir {run} ({error.strerror}): choose another folder.") from error
+
+
+def free_folders(placeholder_token):
+    name = "".join(c for c in placeholder_token if c.isalnum() or c in "-_") or "word"
+    runs = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
+    return (run for run in runs if not run.exists())
+
+
 def load_state(path):
     """The checkpoint of a run. UserError if there is none or it is damaged."""
     if not path.exists():
@@ -379,7 +406,8 @@ def load_state(path):
             f"--resume: there is no checkpoint {path}; name a run's folder, or begin anew with --overwrite."
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("rows", "optimizer", "scaler", "step", "images", "previews")}
     except Exception as error:
         raise UserError(f"--resume: the checkpoint {path} is damaged; begin anew with --overwrite.") from error
 
@@ -389,16 +417,22 @@ def load_state(path):
 # what may differ when a run is resumed; anything else would change its course
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
 FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
-
+FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the pictures themselves are compared
+RUN_FILES = ["config.json", "state.pt", "learned_embeds.safetensors", "learned_embeds.bin", "log.jsonl", "preview.png"]
+RUN_FILES += ["curves.png", "scores.json"]
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # no "(default: None)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser():
     parser = argparse.ArgumentParser(
-        description="Teach a frozen Stable Diffusion a new word.", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+        description="Teach a frozen Stable Diffusion a new word.", allow_abbrev=False, formatter_class=Help
+    )
     concept = str(Path(mu.DEFAULT_MODEL) / "concepts" / "kat")
     add = parser.add_argument_group("the model and the word").add_argument
     add(
@@ -475,42 +509,53 @@ def parse_options(argv=None):
     for name in ("num_vectors", "steps", "batch_size", "grad_accum", "save_steps", "log_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more.")
-    if not args.lr > 0 or args.preview_steps < 0 or args.lr_warmup_steps < 0 or args.seed < 0:
+    if not args.lr > 0 or args.preview_steps < 0 or args.lr_warmup_steps < 0 or not 0 <= args.seed < 2**63:
         raise UserError("--lr must be above 0; --preview_steps, --lr_warmup_steps and --seed must not be below 0.")
+    if args.resolution is not None and args.resolution < 1:
+        raise UserError(f"--resolution {args.resolution}: must be 1 or more.")
     if args.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
-    name = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_") or "word"
-    runs = [Path("runs", name), *(Path("runs", f"{name}-{i}") for i in range(2, 10000))]
     if args.resume:
-        begun = [run for run in runs if (run / "config.json").exists()]
-        newest = str(max(begun, key=lambda run: (run / "config.json").stat().st_mtime, default=runs[0]))
-        folder = args.output_dir or (newest if args.resume == "latest" else args.resume)
-        config = sample.read_json(Path(folder, "config.json"))
+        given = any(word.startswith("--placeholder_token") for word in (sys.argv[1:] if argv is None else argv))
+        folder = args.output_dir or (args.resume if args.resume != "latest" else None)
+        if folder is None:
+            begun = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+            if given:
+                begun = [path for path in begun if mu.read_json(path)["placeholder_token"] == args.placeholder_token]
+            if not begun:
+                raise UserError("--resume: there is no such run in runs/; name its folder with --output_dir.")
+            folder = str(begun[-1].parent)
+        config = mu.read_json(Path(folder, "config.json"))
         if not config or Path(folder, "learned_embeds.safetensors").exists():
             load_state(Path(folder, "state.pt"))
+        if not config:
+            raise UserError(f"--resume: {folder} has no config.json, the options it began with; begin another run.")
         parser.set_defaults(**config)
         args = parser.parse_args(argv)
         args.output_dir = folder
+        args.precision = {"auto": config.get("precision"), "no": "fp32"}.get(args.precision, args.precision)
         changed = [k for k, v in config.items() if k not in FREE_TO_CHANGE and getattr(args, k, v) != v]
         if changed:
             said = ", ".join(f"--{k} was {config[k]!r} and is now {getattr(args, k)!r}" for k in changed)
             raise UserError(f"--resume would change the course of {folder}: {said}; leave it or begin another run.")
-    elif args.output_dir:
-        if (Path(args.output_dir) / "config.json").exists() and not args.overwrite:
-            raise UserError(f"--output_dir {args.output_dir} holds a run: add --resume or --overwrite or name another.")
-    else:
-        args.output_dir = str(next(run for run in runs if not run.exists()))
+    elif args.output_dir and not args.overwrite:
+        if held := [name for name in RUN_FILES if Path(args.output_dir, name).exists()]:
+            what = "a run" if "config.json" in held else f"'{held[0]}'"
+            also = " --resume or" if "config.json" in held else ""
+            raise UserError(f"--output_dir {args.output_dir} holds {what}: add{also} --overwrite or name another.")
     return args
 
 
 def main(argv=None):
     try:
         train(parse_options(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, UserError) and not mu.explain(error):
+            raise
+        print(f"error: {mu.explain(error) or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -100,7 +100,7 @@ def measure(folder, drawings, with_first_word):
     if with_first_word and kind == "object":
         phrase = world.noun_phrase(replace(truth, background="white"), random.Random(0), keep=1.0)
         words["told"] = phrase.removesuffix(" on a white background")
-    how = sample.read_json(HERE / "model_index.json")["_sampling"] | {"batch_size": 32, "progress": False}
+    how = mu.read_json(HERE / "model_index.json")["_sampling"] | {"batch_size": 32, "progress": False}
     scores = sample.score_embedding(parts, clip, training_images, [*words.values()], kind, drawings, look=look, **how)[
         "words"
     ]
@@ -121,11 +121,11 @@ def learn_and_measure(concept, seed, folder, args, with_first_word, threads):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"train.py failed on {concept}, seed {seed}:\n{done.stderr[-2000:]}")
-    row = sample.read_json(folder / "judged.json")
+    row = mu.read_json(folder / "judged.json")
     if not row or with_first_word > ("first" in row):
         command = [sys.executable, __file__, "--measure", str(folder), "--drawings", str(args.drawings)]
         subprocess.run([*command, *["--with_first_word"] * with_first_word], env=environment, check=True)
-        row = sample.read_json(folder / "judged.json")
+        row = mu.read_json(folder / "judged.json")
     return row
 
 
@@ -237,7 +237,7 @@ def main():
     model = fingerprint([*HERE.glob("*/*.safetensors"), *HERE.glob("*.safetensors"), *HERE.glob("concepts/*/*.png")])
     code = fingerprint([*HERE.parent.glob("*.py"), *(HERE / name for name in ("judge.py", "reader.py", "world.py"))])
     method = hashlib.sha256(json.dumps([model, code, args.options, args.drawings]).encode()).hexdigest()[:8]
-    saved = {} if args.save_baseline else sample.read_json(HERE / "baseline.json")
+    saved = {} if args.save_baseline else mu.read_json(HERE / "baseline.json")
     if saved and (saved["model"], saved["drawings"]) != (model, args.drawings):
         print("note: baseline.json is of another model or number of drawings, and is left out", file=sys.stderr)
         saved = {}

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import pickle
 import zipfile
@@ -292,6 +293,23 @@ def test_numbers_that_are_none_are_refused(wrong, tmp_path):
 def test_what_is_not_one_word_is_refused(content, what, tmp_path):
     with pytest.raises(UserError, match=what):
         load_embedding(write(tmp_path / "kat.pt", content))
+
+
+def test_numbers_that_are_claimed_and_not_there_are_refused(tmp_path):
+    torch.save({"<kat>": torch.zeros(1).expand(75, 10**12)}, tmp_path / "kat.bin")  # 2 KB that unfold to 300 TB
+    with pytest.raises(UserError, match="holds fewer"):
+        load_embedding(tmp_path / "kat.bin")
+
+
+def test_a_file_may_say_nothing_of_itself(tmp_path):
+    header = json.dumps(
+        {"__metadata__": None, "<kat>": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    ).encode()
+    (tmp_path / "kat.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    try:
+        assert load_embedding(tmp_path / "kat.safetensors").metadata == {}
+    except UserError:
+        pass  # some versions of safetensors refuse it: a sentence too
 
 
 def test_absurd_sizes_are_refused_unread(tmp_path, monkeypatch):

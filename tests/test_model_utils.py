@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -89,6 +89,11 @@ def test_schedule_reads_what_samplers_need(tiny_model, tmp_path):
     absent = model_utils.load_schedule(write_schedule(tmp_path, beta_schedule="linear"))
     assert absent.timestep_spacing is None  # then each sampler takes its own, as diffusers' schedulers do
     assert absent.steps_offset == 1  # StableDiffusionPipeline makes it 1 in every scheduler it is given
+    theirs = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert absent.set_alpha_to_one is theirs.config.set_alpha_to_one is True
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text('{"beta_')
+    with pytest.raises(UserError, match="scheduler_config.json cannot be read"):
+        model_utils.load_schedule(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +443,7 @@ def test_pictures_equal_diffusers(tiny_model):
         torch.testing.assert_close(mean, reference.mean, rtol=0, atol=1e-5)
         torch.testing.assert_close(std, reference.std, rtol=1e-4, atol=0)
         latents = mean * vae.config.scaling_factor
-        decoded = model_utils.decode_latents(vae, latents, batch=2)
+        decoded = model_utils.decode_latents(vae, latents)
         expected = vae.decode(latents / vae.config.scaling_factor).sample
     torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-4)
     theirs = VaeImageProcessor().postprocess(images * 1.2)

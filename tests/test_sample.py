@@ -350,6 +350,8 @@ def test_score(run_folder, capsys):
         (["--num_images", "0"], "--num_images"),
         (["--batch_size", "-1"], "--batch_size"),
         (["--height", "15"], "--height"),
+        (["--height", "0"], "--height"),
+        (["--seed", "-1"], "--seed"),
         (["--token", "cat"], "--token"),
         (["--token", "<a>", "--token", "<b>"], "--token"),
         (["--device", "cpu", "--precision", "fp16"], "--precision"),

@@ -457,7 +457,7 @@ def test_twenty_such_steps_end_the_run_with_the_last_good_rows(learn, monkeypatc
         return loss(*args) * (math.nan if len(calls) > 3 else 1)
 
     monkeypatch.setattr(train, "inversion_loss", broken)
-    with pytest.raises(mu.UserError, match="no finite gradient since step 3.*--precision fp32"):
+    with pytest.raises(mu.UserError, match="20 gradients running were not finite.*--precision fp32"):
         learn("--log_steps", "1", steps=60)
     assert len(calls) == 23
     assert load_file("run/learned_embeds.safetensors")["<kat>"].isfinite().all()
@@ -484,6 +484,99 @@ def test_runs_never_overwrite_each_other(learn, capsys):
     assert Path("runs/kat/learned_embeds.safetensors").read_bytes() != before
 
 
+def test_two_runs_begun_at_the_same_moment_take_two_folders(learn, tmp_path):
+    options = [train.parse_options(["--placeholder_token", "<kat>"]) for _ in range(2)]
+    assert [train.claim_folder(args) for args in options] == [Path("runs/kat"), Path("runs/kat-2")]
+    assert [args.output_dir for args in options] == [str(Path("runs/kat")), str(Path("runs/kat-2"))]
+
+
+@pytest.mark.parametrize("name", ["learned_embeds.bin", "learned_embeds.safetensors", "preview.png"])
+def test_files_of_another_program_are_not_overwritten(learn, name, tmp_path):
+    """The folder of diffusers' script or of the concept library has no config.json, but a word."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / name).write_bytes(b"dear to someone")
+    with pytest.raises(mu.UserError, match=f"--output_dir old holds '{name}'.*--overwrite"):
+        learn(out="old")
+    assert (tmp_path / "old" / name).read_bytes() == b"dear to someone"
+    learn("--overwrite", out="old")
+
+
+def test_resume_takes_the_newest_run_of_any_word(learn, monkeypatch, capsys):
+    learn(out="runs/kat"), learn(out="runs/pup", word="<pup>")
+    assert train.parse_options(["--resume"]).output_dir == str(Path("runs/pup"))
+    assert train.parse_options(["--resume", "--placeholder_token", "<kat>"]).output_dir == str(Path("runs/kat"))
+    assert "no such run in runs/" in refused(["--resume", "--placeholder_token", "<finn>"], capsys)
+
+
+def test_what_a_kill_kept_from_being_written_is_written_on_resume(learn):
+    """The last checkpoint is there, the word is not; and a word in another form is asked for afterwards."""
+    folder = learn()
+    word = (folder / "learned_embeds.safetensors").read_bytes()
+    (folder / "learned_embeds.safetensors").unlink()
+    learn("--resume", "--save_bin")
+    assert (folder / "learned_embeds.safetensors").read_bytes() == word and (folder / "learned_embeds.bin").exists()
+
+
+def test_the_precision_of_a_run_is_kept_wherever_it_goes_on(learn, capsys):
+    folder = learn("--precision", "bf16", steps=2)
+    assert train.parse_options(["--resume", "--output_dir", str(folder), "--precision", "auto"]).precision == "bf16"
+    assert "--precision was 'bf16'" in refused(["--resume", "--output_dir", "run", "--precision", "fp32"], capsys)
+    assert json.loads((learn(out="other", steps=1) / "config.json").read_text())["precision"] == "fp32"  # of 'auto'
+
+
+def test_moved_pictures_are_the_same_pictures(learn, pictures, tmp_path):
+    learn()
+    shutil.copytree(pictures, tmp_path / "moved")
+    args = train.parse_options(["--resume", "--output_dir", "run", "--images", str(tmp_path / "moved"), "--steps", "5"])
+    assert torch.load(train.train(args) / "state.pt", weights_only=True)["step"] == 5
+
+
+@pytest.mark.parametrize("name", ["state.pt", "config.json"])
+def test_what_is_no_checkpoint_is_refused(learn, name, capsys):
+    folder = learn()
+    torch.save({"rows": torch.zeros(1)}, folder / "other.pt")
+    (folder / name).write_bytes((folder / "other.pt").read_bytes() if name == "state.pt" else b'{"steps": ')
+    assert name in refused(["--resume", "--output_dir", str(folder)], capsys)
+    if name == "config.json":
+        (folder / name).unlink()
+        assert "no config.json" in refused(["--resume", "--output_dir", str(folder)], capsys)
+
+
+def test_many_skipped_steps_leave_the_scale_alone(learn, monkeypatch):
+    loss, calls = train.inversion_loss, itertools.count()
+
+    def broken(*args):
+        return loss(*args) * (math.nan if torch.is_grad_enabled() and next(calls) % 2 else 1)
+
+    monkeypatch.setattr(train, "inversion_loss", broken)
+    state = torch.load(learn(steps=300) / "state.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 1 and state["rows"].isfinite().all()
+
+
+def test_out_of_memory_and_no_compiler_are_a_sentence(learn, monkeypatch, capsys, tiny_model, pictures):
+    def fail(error):
+        def loss(*args):
+            raise error
+
+        monkeypatch.setattr(train, "inversion_loss", loss)
+        return ["--model", tiny_model, "--images", pictures, "--steps", "1", "--preview_steps", "0", "--no-score"]
+
+    assert "--batch_size" in refused(fail(torch.OutOfMemoryError("CUDA out of memory.")), capsys)
+    absurd = ["--model", tiny_model, "--images", pictures, "--resolution", "1000000"]
+    assert "out of memory" in refused(absurd, capsys)  # the CPU's allocator says it in its own words
+    inductor = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+    assert "--compile" in refused(fail(inductor("InvalidCxxCompiler: No working C++ compiler")), capsys)
+    with pytest.raises(RuntimeError, match="a defect"):  # what no user can mend keeps its traceback
+        train.main(fail(RuntimeError("a defect")))
+
+
+def test_previews_that_are_asked_for_later_have_the_training_pictures_above(learn):
+    learn(steps=2)
+    with Image.open(learn("--preview_steps", "2", "--resume", steps=4) / "preview.png") as sheet:
+        rows = np.asarray(sheet)
+    assert all(half[20:].std() > 5 for half in np.split(rows, 2))
+
+
 def test_previews_are_rows_of_one_sheet(learn):
     folder = learn("--preview_steps", "2", steps=4)
     with Image.open(folder / "preview.png") as sheet:
@@ -508,6 +601,9 @@ def test_previews_are_rows_of_one_sheet(learn):
         (["--steps", "0"], ["--steps", "1 or more"]),
         (["--lr", "nan"], ["--lr"]),
         (["--resolution", "13"], ["--resolution", "multiple"]),
+        (["--resolution", "0"], ["--resolution", "1 or more"]),
+        (["--num_vectors", "28"], ["--num_vectors 28", "fewer"]),
+        (["--seed", str(2**64)], ["--seed"]),
         (["--precision", "fp16", "--device", "cpu"], ["--precision fp16", "bf16"]),
         (["--resume", "--output_dir", "empty"], ["--resume", "checkpoint"]),
     ],
