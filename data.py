@@ -112,7 +112,7 @@ def load_images(folder, resolution, center_crop=True):
     paths = list_images(folder)
     images = torch.empty(len(paths), 3, resolution, resolution)
     names, damaged = [], []
-    for path in tqdm(paths, desc="reading pictures", delay=2, leave=False):
+    for path in tqdm(paths, desc="reading pictures", delay=2, leave=False, disable=None):
         try:
             pixels = read_image(path, resolution, center_crop)
         except ValueError as error:
@@ -151,7 +151,7 @@ def encode_dataset(vae, images, encode_images):
     `encode_images` is model_utils'. A VAE is not symmetric: latents are not mirrored. UserError if it overflows.
     """
     moments = []  # N pairs of [2, 4, h, w]
-    for image in tqdm(images, desc="encoding pictures", delay=2, leave=False):
+    for image in tqdm(images, desc="encoding pictures", delay=2, leave=False, disable=None):
         moments.append(encode_images(vae, torch.stack([image, image.flip(-1)]), 1))  # one at a time saves memory
     mean, std = (torch.stack(parts).cpu() for parts in zip(*moments, strict=True))  # [N, 2, 4, h, w]
     if not (mean.isfinite().all() and std.isfinite().all()):

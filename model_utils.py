@@ -86,7 +86,8 @@ def load_tokenizer(model, revision=None):
     """CLIPTokenizer of a diffusers-layout folder or Hub id. UserError if it is missing or empty."""
     tokenizer = _load_part(transformers.CLIPTokenizer, "tokenizer", model, revision=revision)
     if len(tokenizer) < 4:  # from an empty folder transformers makes a tokenizer of the special tokens alone
-        raise _unloadable(model, "tokenizer", "no vocabulary")
+        why = "no vocabulary" if Path(model).is_dir() else "no such model there, or no connection"
+        raise _unloadable(model, "tokenizer", why)
     if tokenizer.model_max_length > 10_000:  # transformers' way to say "unknown"
         tokenizer.model_max_length = 77
     return tokenizer

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import sys
+import textwrap
 from collections import namedtuple
 from pathlib import Path
 
@@ -175,12 +176,15 @@ def image_grid(images, columns, captions=()):
     """PIL pictures of one size -> one sheet, row by row. captions: a line of text above each row, "" for none."""
     width, height = images[0].size
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    captions = [*(captions or ()), *[""] * len(rows)][: len(rows)]
-    sheet = Image.new("RGB", (columns * (width + 2), sum(height + 2 + 14 * bool(c) for c in captions)), "white")
+    sheet_width = columns * (width + 2)
+    captions = [textwrap.wrap(caption, max(10, sheet_width // 6)) for caption in captions][: len(rows)]  # letters: 6 px
+    captions += [[]] * (len(rows) - len(captions))
+    sheet = Image.new("RGB", (sheet_width, sum(height + 2 + 14 * len(lines) for lines in captions)), "white")
     y = 0
-    for row, caption in zip(rows, captions, strict=True):
-        ImageDraw.Draw(sheet).text((2, y), caption, fill="black")
-        y += 14 * bool(caption)
+    for row, lines in zip(rows, captions, strict=True):
+        for line in lines:
+            ImageDraw.Draw(sheet).text((2, y), line, fill="black")
+            y += 14
         for column, image in enumerate(row):
             sheet.paste(image, (column * (width + 2) + 1, y + 1))
         y += height + 2
@@ -314,6 +318,8 @@ def load_parts(model, words, device="cpu", dtype=torch.float32, revision=None, v
     tokenizer, text_encoder = mu.load_tokenizer(model, revision), mu.load_text_encoder(model, *options)
     dim = text_encoder.get_input_embeddings().weight.shape[1]
     found = [mu.load_embedding(source, token, dim) for source, token in words.items()]
+    if len({e.token for e in found}) < len(found):
+        raise UserError(f"two embeddings are called {found[-1].token!r}: give each a --token, in their order.")
     placeholders = {e.token: mu.add_placeholder(tokenizer, e.token, len(e.rows), "--token") for e in found}
     mu.install_learned_rows(text_encoder, sum(placeholders.values(), []), torch.cat([e.rows for e in found]))
     vae = mu.load_vae(model, device, torch.float32, revision, variant)  # in half some VAEs overflow
@@ -333,7 +339,11 @@ def run(args):
         if (number := getattr(args, name)) is not None and number < 1:
             raise UserError(f"--{name} {number}: must be 1 or more.")
     if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed {args.seed}: must be 0 or more, and below 2**63.")
+        raise UserError(f"--seed {args.seed}: must be 0 or more (and below 2**63).")
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise UserError(f"--guidance {args.guidance}: must be a number, 7.5 is usual.")
+    if len(set(sources)) < len(sources):
+        raise UserError(f"--embedding {max(sources, key=sources.count)} is given twice; once is enough.")
     words = dict(itertools.zip_longest(sources, tokens))
     home = next((folder for folder in (Path(sources[0]), Path(sources[0]).parent) if folder.is_dir()), Path())
     config = mu.read_json(home / "config.json")  # what train.py noted

@@ -91,10 +91,10 @@ def train(args):
     placeholders = {args.placeholder_token: token_ids}
     templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
     sentences = [template.format(args.placeholder_token) for template in templates]
-    try:
-        template_ids = mu.tokenize(tokenizer, sentences, placeholders)  # [T, L]
-    except UserError as error:
-        raise UserError(f"--num_vectors {args.num_vectors}: so many do not fit into the sentences; fewer.") from error
+    most = tokenizer.model_max_length - max(map(len, tokenizer(sentences).input_ids)) + 1
+    if args.num_vectors > most:
+        raise UserError(f"--num_vectors {args.num_vectors}: the model's sentences have room for {most}.")
+    template_ids = mu.tokenize(tokenizer, sentences, placeholders)  # [T, L]
     schedule = mu.load_schedule(args.model, args.revision).to(device)
     vae = mu.load_vae(args.model, device, **source)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -215,7 +215,7 @@ def train(args):
                     steps_taken, last_progress = run.steps_taken(), step
                 if not learned_rows.isfinite().all():
                     raise UserError(
-                        f"--lr {args.lr}: the word is not finite any more; try a lower one. The last save is kept."
+                        f"--lr {args.lr}: the word is not finite any more: try a lower one. What was saved is kept."
                     )
             if logging or saving:
                 row = measure(step, grad_norm.item(), step - steps_taken)
@@ -281,6 +281,7 @@ class Run:
         else:
             self.clear()
         config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
+        config["images"] = str(Path(args.images).absolute())  # --score looks for them from anywhere
         text = json.dumps(config, indent=1, ensure_ascii=False)
         mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text.encode()))
         lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
@@ -418,8 +419,8 @@ def load_state(path):
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
 FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
 FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the pictures themselves are compared
-RUN_FILES = ["config.json", "state.pt", "learned_embeds.safetensors", "learned_embeds.bin", "log.jsonl", "preview.png"]
-RUN_FILES += ["curves.png", "scores.json"]
+WORD_FILES = ["learned_embeds.safetensors", "learned_embeds.bin"]
+RUN_FILES = ["config.json", "state.pt", *WORD_FILES, "log.jsonl", "preview.png", "curves.png", "scores.json"]
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 
@@ -447,7 +448,7 @@ def build_parser():
     add("--placeholder_token", default="<kat>", help="the new word")
     add("--initializer_token", default="cat", help="the word it begins as")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the word means")
-    add("--num_vectors", type=int, default=1, help="rows that the word has")
+    add("--num_vectors", type=int, default=1, help="rows of the table that the word is given")
     add("--resolution", type=int, help="pixels, default: the model's own")
     add("--center_crop", action="store_true", help="always done, accepted for old notes: pictures are never squashed")
     add = parser.add_argument_group("learning").add_argument
@@ -509,8 +510,13 @@ def parse_options(argv=None):
     for name in ("num_vectors", "steps", "batch_size", "grad_accum", "save_steps", "log_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be 1 or more.")
-    if not args.lr > 0 or args.preview_steps < 0 or args.lr_warmup_steps < 0 or not 0 <= args.seed < 2**63:
-        raise UserError("--lr must be above 0; --preview_steps, --lr_warmup_steps and --seed must not be below 0.")
+    for name in ("preview_steps", "lr_warmup_steps", "seed"):
+        if not 0 <= getattr(args, name) < 2**63:
+            raise UserError(f"--{name} {getattr(args, name)}: must be 0 or more (and below 2**63).")
+    if not 0 < args.lr < math.inf:
+        raise UserError(f"--lr {args.lr}: must be above 0, and finite.")
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite begins it anew: choose one.")
     if args.resolution is not None and args.resolution < 1:
         raise UserError(f"--resolution {args.resolution}: must be 1 or more.")
     if args.tensorboard:
@@ -542,7 +548,9 @@ def parse_options(argv=None):
             said = ", ".join(f"--{k} was {config[k]!r} and is now {getattr(args, k)!r}" for k in changed)
             raise UserError(f"--resume would change the course of {folder}: {said}; leave it or begin another run.")
     elif args.output_dir and not args.overwrite:
-        if held := [name for name in RUN_FILES if Path(args.output_dir, name).exists()]:
+        held = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
+        nothing_saved = "config.json" in held and not {"state.pt", *WORD_FILES} & {*held}  # it failed, or was killed
+        if held and not nothing_saved:
             what = "a run" if "config.json" in held else f"'{held[0]}'"
             also = " --resume or" if "config.json" in held else ""
             raise UserError(f"--output_dir {args.output_dir} holds {what}: add{also} --overwrite or name another.")

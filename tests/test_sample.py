@@ -166,10 +166,18 @@ def test_image_grid():
     for k in range(5):
         assert (plain == [50 * k, 0, 0]).all(-1).sum() == 80
     assert (plain != 255).any(-1).sum() == 400
-    captioned = sample.image_grid(images, 3, ["", "two more, 夜"])
+    captioned = sample.image_grid(images, 3, ["", "two, 夜"])
     assert captioned.width == sheet.width and captioned.height > sheet.height
     assert (np.asarray(captioned)[:10] == plain[:10]).all()  # the first row has no caption and keeps its place
     assert (np.asarray(captioned)[-10:] == plain[-10:]).all()
+
+
+def test_long_captions_are_wrapped_not_cut():
+    images = [Image.new("RGB", (64, 8), "black")] * 2
+    one, many = (
+        sample.image_grid(images, 1, [caption, ""]) for caption in ("a cat", "a painting in the style of <kat>")
+    )
+    assert many.size == (one.width, one.height + 3 * 14)  # 4 lines instead of 1: 11 letters are as wide as the picture
 
 
 def test_settings_are_in_the_png(tmp_path):
@@ -352,6 +360,8 @@ def test_score(run_folder, capsys):
         (["--height", "15"], "--height"),
         (["--height", "0"], "--height"),
         (["--seed", "-1"], "--seed"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--embedding", "runs/kat", "--embedding", "runs/kat"], "given twice"),
         (["--token", "cat"], "--token"),
         (["--token", "<a>", "--token", "<b>"], "--token"),
         (["--device", "cpu", "--precision", "fp16"], "--precision"),
@@ -376,3 +386,12 @@ def test_nothing_learned_yet(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main([])
     assert stop.value.code == 2 and "run train.py first" in capsys.readouterr().err
+
+
+def test_two_words_of_one_name_are_told_apart_by_token(run_folder, capsys):
+    other = run_folder.with_name("kat-2")
+    shutil.copytree(run_folder, other)
+    both = ["--embedding", str(run_folder), "--embedding", str(other)]
+    with pytest.raises(SystemExit):
+        sample.main(both)
+    assert "two embeddings are called '<kat>'" in capsys.readouterr().err

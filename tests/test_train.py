@@ -501,6 +501,14 @@ def test_files_of_another_program_are_not_overwritten(learn, name, tmp_path):
     learn("--overwrite", out="old")
 
 
+def test_a_run_that_failed_before_it_saved_does_not_stand_in_the_way(learn, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert (learn() / "learned_embeds.safetensors").exists()
+    with pytest.raises(mu.UserError, match="holds a run"):
+        learn()
+
+
 def test_resume_takes_the_newest_run_of_any_word(learn, monkeypatch, capsys):
     learn(out="runs/kat"), learn(out="runs/pup", word="<pup>")
     assert train.parse_options(["--resume"]).output_dir == str(Path("runs/pup"))
@@ -602,8 +610,11 @@ def test_previews_are_rows_of_one_sheet(learn):
         (["--lr", "nan"], ["--lr"]),
         (["--resolution", "13"], ["--resolution", "multiple"]),
         (["--resolution", "0"], ["--resolution", "1 or more"]),
-        (["--num_vectors", "28"], ["--num_vectors 28", "fewer"]),
+        (["--num_vectors", "28"], ["--num_vectors 28", "room for"]),
         (["--seed", str(2**64)], ["--seed"]),
+        (["--preview_steps", "-1"], ["--preview_steps -1"]),
+        (["--lr", "inf"], ["--lr inf"]),
+        (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
         (["--precision", "fp16", "--device", "cpu"], ["--precision fp16", "bf16"]),
         (["--resume", "--output_dir", "empty"], ["--resume", "checkpoint"]),
     ],
