@@ -40,7 +40,7 @@ class UserError(Exception):
 def explain(error):
     """What a user can do about an error of PyTorch's own, as one sentence; None if it is another one."""
     words, origin = str(error).lower(), type(error).__module__
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in words:
+    if isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words:
         return (
             "out of memory: take a smaller --batch_size (with as much more --grad_accum it learns alike), "
             "--gradient_checkpointing, --precision bf16 or fp16, or smaller pictures."

@@ -123,6 +123,8 @@ def train(args):
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
     run = Run(args, fingerprint, learned_rows, optimizer, scaler)  # its folder; restores them if it is resumed
+    if args.resume:
+        print(f"resumed    {run.folder} at step {run.step}")
 
     # 3. What a step computes, and what is looked at now and then
     unet_to_train = torch.compile(unet) if args.compile else unet
@@ -395,6 +397,7 @@ def claim_folder(args):
 
 
 def free_folders(placeholder_token):
+    """Yield the folders runs/<word>, runs/<word>-2, ... that are not there."""
     name = "".join(c for c in placeholder_token if c.isalnum() or c in "-_") or "word"
     runs = (Path("runs", f"{name}-{i}" if i > 1 else name) for i in itertools.count(1))
     return (run for run in runs if not run.exists())
@@ -420,7 +423,7 @@ FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_
 FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
 FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the pictures themselves are compared
 WORD_FILES = ["learned_embeds.safetensors", "learned_embeds.bin"]
-RUN_FILES = ["config.json", "state.pt", *WORD_FILES, "log.jsonl", "preview.png", "curves.png", "scores.json"]
+RUN_FILES = ["state.pt", *WORD_FILES, "log.jsonl", "preview.png", "curves.png", "scores.json", "config.json"]
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 
