@@ -108,7 +108,9 @@ def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
     unet = _load_frozen(diffusers.UNet2DConditionModel, "unet", model, device, dtype, revision, variant)
     if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type:
         raise UserError(f"--model {model} is no plain text-to-image model; take a Stable Diffusion 1 or 2 checkpoint.")
-    return unet
+    if unet.device.type == "mps":
+        return unet
+    return unet.to(memory_format=torch.channels_last)  # the same numbers in another order: convolutions are faster
 
 
 def _load_frozen(part_class, part, model, device, dtype, revision, variant):

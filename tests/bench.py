@@ -60,7 +60,8 @@ class Classical:
         self.table = self.encoder.get_input_embeddings().weight.requires_grad_(True)
         self.original = self.table.detach().clone()
         self.vae = mu.load_vae(options.model, device, dtype)
-        self.unet, self.device, self.dtype = unet, device, dtype
+        self.unet = unet.to(memory_format=torch.contiguous_format)  # as it is loaded
+        self.device, self.dtype = device, dtype
         self.noising = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
         self.optimizer = torch.optim.AdamW([self.table], lr=5e-4, weight_decay=1e-2)
         sentences = [template.format("<classical>") for template in data.OBJECT_TEMPLATES]
@@ -132,9 +133,11 @@ def bench_training(options, memory_only):
                 kept["ids"][:, 5] = table_size  # the new word
                 kept["noisy_latents"] = torch.randn(b, c, s, s, device=device)
                 kept["timesteps"] = torch.randint(1000, (b,), device=device)
-                kept["classical"] = Classical(
-                    options, loaders["load_text_encoder"](options.model, device), unet, device, dtype
+                own = (
+                    loaders["load_text_encoder"](options.model, device),
+                    loaders["load_unet"](options.model, device, dtype),
                 )
+                kept["classical"] = Classical(options, *own, device, dtype)
             timed("floor", floor)
             timed("classical", kept["classical"].step)
         if memory_only and not started and Path("/proc/self/clear_refs").exists():
@@ -171,9 +174,11 @@ def bench_drawing(model, device, precision, rounds):
     pipeline.set_progress_bar_config(disable=True)
     config = {**pipeline.scheduler.config, "timestep_spacing": "linspace"}
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
-    pipeline.to(device, mu.choose_dtype(precision, device))
+    dtype = mu.choose_dtype(precision, device)
+    pipeline.to(device, dtype)
+    text_encoder, unet = mu.load_text_encoder(model, device, dtype), mu.load_unet(model, device, dtype)
     parts = sample.Parts(
-        pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet, mu.load_schedule(model), {}
+        mu.load_tokenizer(model), text_encoder, mu.load_vae(model, device), unet, mu.load_schedule(model).to(device), {}
     )
     times = {"ours": [], "diffusers": []}
     draw = {
