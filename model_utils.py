@@ -4,6 +4,7 @@ From top to bottom: device and precision; loading CLIP, VAE and UNet; the noise 
 lookup that is the heart of textual inversion; sentences and pictures to tensors and back; embedding files.
 """
 
+import gc
 import io
 import json
 import math
@@ -120,6 +121,8 @@ def _load_frozen(part_class, part, model, device, dtype, revision, variant):
     module, info = _load_part(part_class, part, model, output_loading_info=True, **options)
     if info["missing_keys"]:  # from_pretrained would go on with random numbers
         raise _unloadable(model, part, f"it lacks weights, {min(info['missing_keys'])} for one")
+    del info
+    gc.collect()  # the file's pages, mapped into memory, hang in a circle of references: gigabytes
     return module.requires_grad_(False).eval().to(device)
 
 
