@@ -32,11 +32,16 @@ import world  # noqa: E402
 
 TRAIN_SEED, TEST_SEED = 1, 2
 TEXT_LENGTH = 32
-STAGES = ["pictures", "tokenizer", "vae", "latents", "clip", "texts", "unet", "export", "check"]
+STAGES = ["pictures", "tokenizer", "vae", "latents", "clip", "texts", "unet", "export", "scorer", "check"]
 SCHEDULER = {  # Stable Diffusion 1.4's own
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
     "set_alpha_to_one": False, "skip_prk_steps": True, "timestep_spacing": "leading", "clip_sample": False,
+}  # fmt: skip
+ATTRIBUTES = {  # of a Picture, that a sentence may name, and their values
+    "kind": world.KINDS, "colour": list(world.COLOURS), "pattern": world.PATTERNS, "second": list(world.COLOURS),
+    "accessory": [None, *world.ACCESSORIES], "accessory_colour": list(world.COLOURS), "tone": [None, *world.TONES],
+    "background": [*world.BACKGROUNDS, *world.SCENES], "style": world.STYLES, "count": [1, 2],
 }  # fmt: skip
 
 
@@ -409,6 +414,58 @@ def stage_export(args):
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def stage_scorer(args):
+    """The CLIP that scores goes on learning, with sentences that say little: the exported `clip` is written anew.
+
+    CLIP-T asks how well "a photo of a on a red background" fits a drawing of a striped cat with a crown there. By
+    stage_clip's CLIP, which takes stripes for words that are missing, the world's own pictures of such a cat score a
+    quarter lower than those of any cat. Here a sentence belongs to each picture of the batch that it is true of, alike.
+    The text encoder of the model stays as it is.
+    """
+    from transformers import CLIPModel, CLIPTokenizer
+
+    device, images = args.device, load_pictures(args, "train")[0]
+    test_images, test_sentences = load_pictures(args, "test")
+    rng = random.Random(TRAIN_SEED)
+    pictures = [world.random_picture(rng) for _ in range(len(images))]  # those that were drawn
+    attributes = torch.tensor([[values.index(getattr(p, a)) for a, values in ATTRIBUTES.items()] for p in pictures])
+    tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
+    test_ids = tokens(tokenizer, test_sentences)
+    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(device).train()
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=5e-4, weight_decay=0.05, betas=(0.9, 0.98))
+    run = Run(args, "scorer", [clip], optimizer)
+    rng, generator = random.Random(run.step), torch.Generator().manual_seed(run.step)
+    going = run.progress() < 1
+    while going:
+        picks = torch.randint(len(images), (args.clip_batch,), generator=generator)
+        sentences, told = [], []
+        for i in picks.tolist():
+            facts, keep = {}, rng.choice([0.78, rng.random()])  # as stage_clip's sentences, or with less, or with more
+            sentences.append(world.caption(pictures[i], rng, keep, facts))
+            told.append([values.index(facts[a]) if a in facts else -1 for a, values in ATTRIBUTES.items()])
+        ids, told = tokens(tokenizer, sentences), torch.tensor(told)  # [B, L], [B, attributes]
+        ids = ids[:, : int((ids != tokenizer.pad_token_id).sum(1).max()) + 1]
+        true = ((told == -1) | (told == attributes[picks][:, None])).all(-1)  # [picture, sentence]
+        out = clip(input_ids=ids.to(device), pixel_values=to_float(images[picks].to(device)))
+        own, true = torch.eye(len(ids), dtype=torch.bool, device=device), true.to(device)
+        # all pictures that a sentence is true of are right; a picture's own sentence is compared with what is not true
+        pictures_of = true.T / true.T.sum(1, keepdim=True)
+        of_text = -(pictures_of * out.logits_per_text.log_softmax(1)).sum(1).mean()
+        others = out.logits_per_image.masked_fill(true & ~own, -torch.inf)
+        loss = (of_text + F.cross_entropy(others, torch.arange(len(ids), device=device))) / 2
+        set_lr(optimizer, 5e-4, run.progress(), run.step, warmup=50)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        clip.logit_scale.data.clamp_(max=math.log(100))
+        going = run.tick(every=20, loss=loss.detach())
+        if run.step % 200 == 0 or not going:
+            print(f"scorer: top 1 of 500 {clip_top1(clip, test_images, test_ids):.3f}", flush=True)
+    run.save()
+    clip.half().save_pretrained(args.out / "clip")
+
+
 def stage_check(args):
     """Draw from sentences it has not seen, and count what a reader of the world's pictures finds right."""
     import reader
@@ -443,7 +500,9 @@ def stage_check(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--minutes", type=float, help="training time of the stage (default: vae 40, clip 28, unet 112)")
+    parser.add_argument(
+        "--minutes", type=float, help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 30 scorer)"
+    )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to export the model to")
     parser.add_argument("--pictures", type=int, default=32000)
@@ -459,7 +518,7 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112}.get(stage, 0)
+        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 30}.get(stage, 0)
         torch.manual_seed(0)
         globals()[f"stage_{stage}"](args)
 

@@ -124,24 +124,40 @@ def concept_picture(name: str, seed: int) -> Picture:
 # ---------------------------------------------------------------------------------------------------- sentences
 
 
-def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78) -> str:
-    """What is in the picture, without the leading article; each attribute is named with probability `keep`."""
+def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dict | None = None) -> str:
+    """What is in the picture, without the leading article; each attribute is named with probability `keep`.
+
+    facts: a dict to be filled with the attributes that were named. Where one is given, the thing itself can be left out
+    too, as the learned word is in the sentences of CLIP-T ("a photo of a on a red background").
+    """
     said = lambda: rng.random() < keep  # noqa: E731
+    named = {}
     noun = picture.kind
     if picture.count > 1 and rng.random() < 0.5:  # "two cat" as often as "two cats", as a learned word has no plural
         noun = PLURALS.get(noun, noun + "s")
     words = [picture.colour, noun] if said() else [noun]
+    named |= {"kind": picture.kind} | ({"colour": picture.colour} if len(words) > 1 else {})
+    if facts is not None and not said():
+        words, named = [], {}
     extras = []
     if picture.pattern != "plain" and said():
-        extras.append(f"{picture.second} {picture.pattern}" if said() else picture.pattern)
+        named["pattern"] = picture.pattern
+        named |= {"second": picture.second} if said() else {}
+        extras.append(" ".join(named[name] for name in ("second", "pattern") if name in named))
     if picture.accessory and said():
-        extras.append(f"a {picture.accessory_colour} {picture.accessory}" if said() else f"a {picture.accessory}")
+        named["accessory"] = picture.accessory
+        named |= {"accessory_colour": picture.accessory_colour} if said() else {}
+        extras.append("a " + " ".join(named[name] for name in ("accessory_colour", "accessory") if name in named))
     if extras:
         words.append("with " + " and ".join(extras))
     if said():
+        named["background"] = picture.background
         words.append(SCENES.get(picture.background, f"on a {picture.background} background"))
     if picture.tone and rng.random() < 0.9:
+        named["tone"] = picture.tone
         words.append(f"in {picture.tone} tones")
+    if facts is not None:
+        facts |= named
     return " ".join(words)
 
 
@@ -157,22 +173,33 @@ STYLED = {
 STYLE_NAMES = {"drawing": ["drawing", "line drawing"], "pixel art": ["pixel art", "pixel"]}
 
 
-def caption(picture: Picture, rng: random.Random) -> str:
-    """One sentence that is true of the picture; it may leave things out."""
-    phrase = noun_phrase(picture, rng)
+def caption(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dict | None = None) -> str:
+    """One sentence that is true of the picture; it may leave things out (see `noun_phrase`, also for `facts`).
+
+    Where `facts` is given, the name of a style can be left out too ("a picture of a cat in the style of").
+    """
+    named = {"style": picture.style, "count": picture.count}
+    phrase = noun_phrase(picture, rng, keep, None if facts is None else named)
     if picture.style == "photo":
         sentence = rng.choice(OBJECT_TEMPLATES)
     else:
         chance, name = rng.random(), rng.choice(STYLE_NAMES[picture.style])
         if chance < 0.2:  # the style alone, as the style templates say it
             tone = f" in {picture.tone} tones" if picture.tone else ""
+            if facts is not None:
+                facts |= {"style": picture.style} | ({"tone": picture.tone} if tone else {})
             return rng.choice(STYLE_TEMPLATES).format(name) + tone
         sentence = rng.choice(STYLED[picture.style])
         if chance < 0.5:
             sentence = rng.choice(OBJECT_TEMPLATES) + f" in the style of {name}"
+    if facts is not None:
+        if rng.random() < 0.1:
+            sentence = rng.choice(OBJECT_TEMPLATES) + " in the style of"
+            del named["style"]
+        facts |= named
     if picture.count > 1:
         sentence = re.sub(r"\b(a|the|my|one) \{\}", "two {}", sentence)
-    return sentence.format(phrase)
+    return " ".join(sentence.format(phrase).split())
 
 
 # ----------------------------------------------------------------------------------------------------- drawing
