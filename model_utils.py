@@ -80,6 +80,45 @@ def choose_dtype(precision, device):
     return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
+def computes_in_half(dtype, device):
+    """True for fp16 and bf16, where the device can multiply in them: most CPUs cannot, in theirs it takes minutes."""
+    on_cpu = torch.device(device).type == "cpu"
+    return dtype != torch.float32 and (not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class WidenedLayer(torch.autograd.Function):
+    """A frozen nn.Linear or nn.Conv2d in fp32 whose weight is kept in half: the memory of half, the speed of fp32.
+
+    The weight is widened to fp32 when it is used, and once more when the gradient comes back through it: autograd by
+    itself would keep every widened weight from one to the other.
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer, ctx.shape, weight = layer, x.shape, layer.weight.float()
+        if isinstance(layer, nn.Linear):
+            return F.linear(x.float(), weight, layer.bias)
+        return F.conv2d(x.float(), weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    @staticmethod
+    def backward(ctx, grad):
+        layer, weight = ctx.layer, ctx.layer.weight.float()
+        if isinstance(layer, nn.Linear):
+            return grad @ weight, None
+        how = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return nn.grad.conv2d_input(ctx.shape, weight, grad, *how), None
+
+
+def widen_when_used(module):
+    """Let a frozen module with weights in half compute in fp32 (see WidenedLayer)."""
+    for parameter in module.parameters():
+        if parameter.dim() < 2:  # biases and norms are small: widened for good
+            parameter.data = parameter.data.float()
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.forward = lambda x, layer=layer: WidenedLayer.apply(x, layer)
+
+
 # --- Loading the frozen model -----------------------------------------------------------------------------------------
 
 
@@ -123,7 +162,10 @@ def _load_frozen(part_class, part, model, device, dtype, revision, variant):
         raise _unloadable(model, part, f"it lacks weights, {min(info['missing_keys'])} for one")
     del info
     gc.collect()  # the file's pages, mapped into memory, hang in a circle of references: gigabytes
-    return module.requires_grad_(False).eval().to(device)
+    module = module.requires_grad_(False).eval().to(device)
+    if dtype != torch.float32 and not computes_in_half(dtype, device):
+        widen_when_used(module)
+    return module
 
 
 def _load_part(part_class, part, model, **options):

@@ -132,7 +132,7 @@ def train(args):
     def loss_of(batch, timesteps):  # moves a batch to the device, encodes its sentences -> loss [B]
         tensors = (batch.latents, batch.noise, timesteps, batch.token_ids)
         latents, noise, t, ids = (mu.send(x, device) for x in tensors)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=mu.computes_in_half(dtype, device)):
             text_embeddings = mu.encode_tokens(text_encoder, ids)  # [B, L, dim]
             return inversion_loss(unet_to_train, latents, noise, t, text_embeddings, schedule).float()
 

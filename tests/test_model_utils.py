@@ -1,5 +1,6 @@
 """The frozen model, the noise schedule and the new word, held against diffusers and the method's classical form."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import model_utils
@@ -235,6 +237,30 @@ def test_device_and_precision():
     assert model_utils.choose_dtype("fp16", "cuda") == torch.float16
     with pytest.raises(UserError, match="bf16 or fp32"):
         model_utils.choose_dtype("fp16", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Linear(6, 5), (2, 3, 6)),
+        (nn.Linear(6, 5, bias=False), (2, 6)),
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 7, 8)),
+        (nn.Conv2d(4, 6, 1, groups=2, bias=False), (1, 4, 5, 5)),
+    ],
+)
+def test_a_widened_layer_is_the_fp32_layer_and_keeps_no_weight(layer, shape):
+    """On CPUs that cannot multiply in half: the weights stay in half, the sums are those of fp32."""
+    half = copy.deepcopy(layer).requires_grad_(False).bfloat16()
+    exact = copy.deepcopy(half).float()  # the same rounded numbers
+    model_utils.widen_when_used(half)
+    x, kept = torch.randn(shape, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        y = half(x)
+    assert half.weight.dtype == torch.bfloat16 and y.dtype == torch.float32 and not kept
+    torch.testing.assert_close(y, exact(x))
+    direction = torch.randn(y.shape)
+    (grad,), (expected,) = (torch.autograd.grad(f(x), x, direction) for f in (half, exact))
+    torch.testing.assert_close(grad, expected)
 
 
 # --- The word ---------------------------------------------------------------------------------------------------------

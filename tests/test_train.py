@@ -239,8 +239,10 @@ def test_tensorboard_where_it_is_and_a_sentence_where_not(learn, monkeypatch):
         learn("--tensorboard", out="other")
 
 
+@pytest.mark.parametrize("native", [True, False])  # as on a processor that multiplies in half, and as on another
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_points_the_same_way(tiny_model, dtype):
+def test_half_precision_points_the_same_way(tiny_model, monkeypatch, dtype, native):
+    monkeypatch.setattr(mu, "computes_in_half", lambda dtype, device: native and dtype != torch.float32)
     grads = []
     for precision in (torch.float32, dtype):
         text_encoder, unet = (
@@ -251,7 +253,7 @@ def test_half_precision_points_the_same_way(tiny_model, dtype):
         learned = mu.install_learned_rows(text_encoder, [new_id], text_encoder.get_input_embeddings().weight[[5]])
         generator = torch.Generator().manual_seed(0)
         latents, noise = (torch.randn(8, 4, 8, 8, generator=generator) for _ in range(2))
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        with torch.autocast("cpu", precision, enabled=mu.computes_in_half(precision, "cpu")):
             embeddings = mu.encode_tokens(text_encoder, torch.full((8, 4), new_id))
             timesteps = torch.arange(8) * 120
             loss = train.inversion_loss(unet, latents, noise, timesteps, embeddings, mu.load_schedule(tiny_model))
