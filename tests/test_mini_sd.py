@@ -3,13 +3,13 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel
 
 import data
 import model_utils as mu
@@ -89,10 +89,48 @@ def test_clip_matches_unseen_pictures_with_their_sentences(unseen):
     assert top1 > 0.5  # of 500; chance is 0.002
 
 
-def test_the_text_encoder_is_clips_own():
-    clip, alone = CLIPModel.from_pretrained(MINI_SD / "clip"), mu.load_text_encoder(MINI_SD, "cpu")
-    theirs = {k: v.half() for k, v in clip.text_model.state_dict().items()}
-    assert all(torch.equal(v.half(), theirs[k]) for k, v in alone.state_dict().items())
+def test_clip_t_asks_for_no_more_than_the_sentence_says():
+    """True pictures of a concept follow a sentence as well as those of any such thing: stripes are not held against it.
+
+    The sentences are those of CLIP-T, without the word; pictures that do not do what they say are far from them.
+    """
+    clip, rng = sample.load_clip(MINI_SD), random.Random(UNSEEN)
+    scenes = [{"count": 2}, {"style": "drawing"}, {"style": "pixel art"}]
+    scenes += [{"background": name} for name in ("red", "green", "night", "beach", "moon")]
+    sentences = [" ".join(prompt.replace("{}", "").split()) for prompt in sample.EDITING_PROMPTS["object"]]
+    for concept in world.OBJECT_CONCEPTS.values():
+        cosines = []
+        for scene, sentence in zip(scenes, sentences, strict=True):
+            plain = [replace(world.random_picture(rng), style="photo", tone=None, count=1) for _ in range(16)]
+            own = [replace(concept, background=p.background, seed=p.seed) for p in plain]
+            wrong = [p for p in own if replace(p, **scene) != p]
+            groups = [
+                [replace(p, kind=concept.kind, **scene) for p in plain],
+                [replace(p, **scene) for p in own],
+                wrong,
+            ]
+            images, texts = sample.embed(clip, [world.draw(p) for group in groups for p in group], [sentence])
+            parts = (images @ texts[0]).split([len(group) for group in groups])
+            cosines.append(torch.stack([part.mean() for part in parts]))
+        of_any, of_concept, of_wrong = torch.stack(cosines).mean(dim=0).tolist()
+        assert of_concept > 0.9 * of_any
+        assert of_wrong < 0.3 * of_any
+
+
+def test_a_caption_tells_what_it_said():
+    rng = random.Random(6)
+    for _ in range(2000):
+        picture, facts = world.random_picture(rng), {}
+        words = world.caption(picture, rng, rng.random(), facts).replace("pixel art", "pixel").split()
+        assert all(getattr(picture, name) == value for name, value in facts.items())
+        assert ("kind" in facts) == bool({picture.kind, world.PLURALS.get(picture.kind, picture.kind + "s")} & {*words})
+        assert ("pattern" in facts) == (picture.pattern in words)
+        assert ("accessory" in facts) == (picture.accessory in words)
+        assert ("tone" in facts) == ("tones" in words)
+        scene = world.SCENES.get(picture.background, f"on a {picture.background} background").split()
+        assert ("background" in facts) == (" ".join(scene) in " ".join(words))
+        if picture.style == "photo":
+            assert ("style" in facts) == (words[-1] != "of")
 
 
 def test_the_unet_knows_noise_and_listens_to_the_sentence(unseen):
