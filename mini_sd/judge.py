@@ -18,7 +18,7 @@ are not learned again. The columns:
                      the first word means that it was learned too (objects only)
 
 "told in words": what the frozen model draws when it is told all that can be said of the four objects ("orange cat with
-purple stripes and a blue crown"). The editing sentences ask for no stripes, so that CLIP-T falls with any likeness.
+purple stripes and a blue crown"): what it can draw, and at what cost of CLIP-T, if nothing has to be learned.
 
 The last three columns are read off the drawings by `reader.py`.
 """

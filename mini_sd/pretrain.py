@@ -17,6 +17,7 @@ import random
 import sys
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -429,6 +430,7 @@ def stage_scorer(args):
     rng = random.Random(TRAIN_SEED)
     pictures = [world.random_picture(rng) for _ in range(len(images))]  # those that were drawn
     attributes = torch.tensor([[values.index(getattr(p, a)) for a, values in ATTRIBUTES.items()] for p in pictures])
+    styled = torch.tensor([i for i, picture in enumerate(pictures) if picture.style != "photo"])  # a quarter
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     test_ids = tokens(tokenizer, test_sentences)
     clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(device).train()
@@ -438,6 +440,8 @@ def stage_scorer(args):
     going = run.progress() < 1
     while going:
         picks = torch.randint(len(images), (args.clip_batch,), generator=generator)
+        if run.progress() > 2 / 3:  # in the end half of them are drawings and pixel art
+            picks[::2] = styled[picks[::2] % len(styled)]
         sentences, told = [], []
         for i in picks.tolist():
             facts, keep = {}, rng.choice([0.78, rng.random()])  # as stage_clip's sentences, or with less, or with more
@@ -464,6 +468,29 @@ def stage_scorer(args):
             print(f"scorer: top 1 of 500 {clip_top1(clip, test_images, test_ids):.3f}", flush=True)
     run.save()
     clip.half().save_pretrained(args.out / "clip")
+
+
+def clip_t_of_true_pictures(clip, concept, rng, count):
+    """CLIP-T of pictures drawn by the world itself, `count` for each sentence -> three means.
+
+    Of any such thing in the scene that the sentence asks for, of the concept there, of the concept elsewhere. A CLIP
+    that asks for no more than the sentence says gives the second as much as the first, and the third little.
+    """
+    import judge
+
+    import sample
+
+    cosines = []
+    for (name, value), prompt in zip(judge.ASKED["object"], sample.EDITING_PROMPTS["object"], strict=True):
+        scene, sentence = {name: value}, " ".join(prompt.replace("{}", "").split())
+        plain = [replace(world.random_picture(rng), style="photo", tone=None, count=1) for _ in range(count)]
+        own = [replace(concept, background=p.background, seed=p.seed) for p in plain]
+        groups = [[replace(p, kind=concept.kind, **scene) for p in plain], [replace(p, **scene) for p in own]]
+        groups += [[p for p in own if replace(p, **scene) != p]]
+        images, texts = sample.embed(clip, [world.draw(p) for group in groups for p in group], [sentence])
+        parts = (images @ texts[0]).split([len(group) for group in groups])
+        cosines.append(torch.stack([part.mean() for part in parts]))
+    return torch.stack(cosines).mean(dim=0).tolist()
 
 
 def stage_check(args):
@@ -495,13 +522,17 @@ def stage_check(args):
     world.sheet(images, 12).save(args.work / "check.png")
     (args.work / "check.txt").write_text("\n".join(sentences))
     print(f"look at {args.work / 'check.png'}, twelve a row, and at the sentences in check.txt")
+    print("CLIP-T of the world's own pictures: of any such thing, of the concept, of the concept elsewhere")
+    for name, concept in world.OBJECT_CONCEPTS.items():
+        found = clip_t_of_true_pictures(sample.load_clip(args.out), concept, random.Random(TEST_SEED), 64)
+        print(f"{name:8}" + "".join(f"{cosine:8.3f}" for cosine in found))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument(
-        "--minutes", type=float, help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 30 scorer)"
+        "--minutes", type=float, help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 45 scorer)"
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to export the model to")
@@ -518,7 +549,7 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 30}.get(stage, 0)
+        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 45}.get(stage, 0)
         torch.manual_seed(0)
         globals()[f"stage_{stage}"](args)
 

@@ -193,7 +193,7 @@ def caption(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dic
         if chance < 0.5:
             sentence = rng.choice(OBJECT_TEMPLATES) + f" in the style of {name}"
     if facts is not None:
-        if rng.random() < 0.1:
+        if rng.random() < (0.1 if picture.style == "photo" else 0.3):
             sentence = rng.choice(OBJECT_TEMPLATES) + " in the style of"
             del named["style"]
         facts |= named
