@@ -81,13 +81,14 @@ def choose_dtype(precision, device):
 
 
 def computes_in_half(dtype, device):
-    """True for fp16 and bf16, where the device can multiply in them: most CPUs cannot, in theirs it takes minutes."""
-    on_cpu = torch.device(device).type == "cpu"
-    return dtype != torch.float32 and (not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """True for fp16 and bf16 where the device can multiply in them. Most CPUs cannot: PyTorch's detour is slow."""
+    if dtype == torch.float32 or torch.device(device).type != "cpu":
+        return dtype != torch.float32
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class WidenedLayer(torch.autograd.Function):
-    """A frozen nn.Linear or nn.Conv2d in fp32 whose weight is kept in half: the memory of half, the speed of fp32.
+    """A frozen nn.Linear or nn.Conv2d that computes in fp32 with a weight that is kept in half.
 
     The weight is widened to fp32 when it is used, and once more when the gradient comes back through it: autograd by
     itself would keep every widened weight from one to the other.
