@@ -248,27 +248,18 @@ def stage_vae(args):
     run.save()
 
 
-def stage_clip(args):
-    from transformers import CLIPTokenizer
-
-    device, (images, sentences) = args.device, load_pictures(args, "train")
-    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    ids = tokens(tokenizer, sentences)
+def learn_clip(args, name, clip, tokenizer, images, lr, loss_of):
+    """The loop of both stages of CLIP. loss_of(picks, progress, rng) -> loss of the pictures with these numbers."""
     test_images, test_sentences = load_pictures(args, "test")
     test_ids = tokens(tokenizer, test_sentences)
-    clip = build_clip(tokenizer).to(device)
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    run = Run(args, "clip", [clip], optimizer)
-    generator = torch.Generator().manual_seed(run.step)
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+    run = Run(args, name, [clip], optimizer)
+    rng, generator = random.Random(run.step), torch.Generator().manual_seed(run.step)
     going = run.progress() < 1
     while going:
         picks = torch.randint(len(images), (args.clip_batch,), generator=generator)
-        x, batch_ids = to_float(images[picks].to(device)), ids[picks].to(device)
-        batch_ids = batch_ids[:, : int((batch_ids != tokenizer.pad_token_id).sum(1).max()) + 1]
-        out = clip(input_ids=batch_ids, pixel_values=x)
-        target = torch.arange(len(x), device=device)
-        loss = (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)) / 2
-        set_lr(optimizer, 1e-3, run.progress(), run.step, warmup=50)
+        loss = loss_of(picks, run.progress(), rng)
+        set_lr(optimizer, lr, run.progress(), run.step, warmup=50)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -276,8 +267,30 @@ def stage_clip(args):
         clip.logit_scale.data.clamp_(max=math.log(100))
         going = run.tick(every=20, loss=loss.detach())
         if run.step % 200 == 0 or not going:
-            print(f"clip: top 1 of 500 {clip_top1(clip, test_images, test_ids):.3f}", flush=True)
+            print(f"{name}: top 1 of 500 {clip_top1(clip, test_images, test_ids):.3f}", flush=True)
     run.save()
+
+
+def compare(clip, images, ids, tokenizer):
+    """CLIP's answer for uint8 images [B, 3, 64, 64] and token ids [B, L]; padding that all of them have is cut off."""
+    ids = ids[:, : int((ids != tokenizer.pad_token_id).sum(1).max()) + 1]
+    return clip(input_ids=ids.to(clip.device), pixel_values=to_float(images.to(clip.device)))
+
+
+def stage_clip(args):
+    from transformers import CLIPTokenizer
+
+    images, sentences = load_pictures(args, "train")
+    tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
+    ids = tokens(tokenizer, sentences)
+    clip = build_clip(tokenizer).to(args.device)
+
+    def loss_of(picks, progress, rng):
+        out = compare(clip, images[picks], ids[picks], tokenizer)
+        target = torch.arange(len(picks), device=clip.device)
+        return (F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)) / 2
+
+    learn_clip(args, "clip", clip, tokenizer, images, 1e-3, loss_of)
 
 
 @torch.no_grad()
@@ -425,48 +438,32 @@ def stage_scorer(args):
     """
     from transformers import CLIPModel, CLIPTokenizer
 
-    device, images = args.device, load_pictures(args, "train")[0]
-    test_images, test_sentences = load_pictures(args, "test")
-    rng = random.Random(TRAIN_SEED)
+    images, rng = load_pictures(args, "train")[0], random.Random(TRAIN_SEED)
     pictures = [world.random_picture(rng) for _ in range(len(images))]  # those that were drawn
     attributes = torch.tensor([[values.index(getattr(p, a)) for a, values in ATTRIBUTES.items()] for p in pictures])
     styled = torch.tensor([i for i, picture in enumerate(pictures) if picture.style != "photo"])  # a quarter
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
-    test_ids = tokens(tokenizer, test_sentences)
-    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(device).train()
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=5e-4, weight_decay=0.05, betas=(0.9, 0.98))
-    run = Run(args, "scorer", [clip], optimizer)
-    rng, generator = random.Random(run.step), torch.Generator().manual_seed(run.step)
-    going = run.progress() < 1
-    while going:
-        picks = torch.randint(len(images), (args.clip_batch,), generator=generator)
-        if run.progress() > 2 / 3:  # in the end half of them are drawings and pixel art
+    clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device).train()
+
+    def loss_of(picks, progress, rng):
+        if progress > 2 / 3:  # in the end half of them are drawings and pixel art
             picks[::2] = styled[picks[::2] % len(styled)]
         sentences, told = [], []
         for i in picks.tolist():
             facts, keep = {}, rng.choice([0.78, rng.random()])  # as stage_clip's sentences, or with less, or with more
             sentences.append(world.caption(pictures[i], rng, keep, facts))
             told.append([values.index(facts[a]) if a in facts else -1 for a, values in ATTRIBUTES.items()])
-        ids, told = tokens(tokenizer, sentences), torch.tensor(told)  # [B, L], [B, attributes]
-        ids = ids[:, : int((ids != tokenizer.pad_token_id).sum(1).max()) + 1]
-        true = ((told == -1) | (told == attributes[picks][:, None])).all(-1)  # [picture, sentence]
-        out = clip(input_ids=ids.to(device), pixel_values=to_float(images[picks].to(device)))
-        own, true = torch.eye(len(ids), dtype=torch.bool, device=device), true.to(device)
+        told = torch.tensor(told)  # [B, attributes], -1 where nothing is said
+        true = ((told == -1) | (told == attributes[picks][:, None])).all(-1).to(clip.device)  # [picture, sentence]
+        out = compare(clip, images[picks], tokens(tokenizer, sentences), tokenizer)
         # all pictures that a sentence is true of are right; a picture's own sentence is compared with what is not true
         pictures_of = true.T / true.T.sum(1, keepdim=True)
         of_text = -(pictures_of * out.logits_per_text.log_softmax(1)).sum(1).mean()
+        own = torch.eye(len(picks), dtype=torch.bool, device=clip.device)
         others = out.logits_per_image.masked_fill(true & ~own, -torch.inf)
-        loss = (of_text + F.cross_entropy(others, torch.arange(len(ids), device=device))) / 2
-        set_lr(optimizer, 5e-4, run.progress(), run.step, warmup=50)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        clip.logit_scale.data.clamp_(max=math.log(100))
-        going = run.tick(every=20, loss=loss.detach())
-        if run.step % 200 == 0 or not going:
-            print(f"scorer: top 1 of 500 {clip_top1(clip, test_images, test_ids):.3f}", flush=True)
-    run.save()
+        return (of_text + F.cross_entropy(others, torch.arange(len(picks), device=clip.device))) / 2
+
+    learn_clip(args, "scorer", clip, tokenizer, images, 5e-4, loss_of)
     clip.half().save_pretrained(args.out / "clip")
 
 
