@@ -1,5 +1,6 @@
 """A Stable Diffusion of random numbers in the real layout, small enough to be built in a second."""
 
+import gc
 import json
 import os
 import sys
@@ -16,6 +17,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 WORDS = "a an the of in on and photo picture painting drawing style cat dog toy red blue two night background".split()
 SENTENCE_LENGTH, TEXT_WIDTH = 32, 32
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what the libraries brought: loading a model has garbage collected, and would go through it each time
 
 
 def build_tokenizer(size=None, length=SENTENCE_LENGTH):

@@ -103,9 +103,9 @@ def copy(tmp_path):
     return tmp_path
 
 
-def test_a_run_is_judged_once(copy):
+def test_a_run_is_judged_once(copy, monkeypatch, capsys):
     (copy / "mini_sd" / "baseline.json").unlink(missing_ok=True)
-    options = ["--concepts", "kat", "--seeds", "0", "--drawings", "8", "--", "--steps", "2"]
+    options = ["--concepts", "kat", "--seeds", "0", "--drawings", "8", "--workers", "1", "--", "--steps", "2"]
     table = run_judge(copy, *options)
     assert "kat (1 seed)" in table and "there is no baseline" in table
     (first,) = copy.glob("judged/*/kat-0/judged.json")
@@ -117,12 +117,16 @@ def test_a_run_is_judged_once(copy):
     # the same as a baseline, and once more with another seed's name: nothing is learned or measured again
     saved["rows"] = [saved["rows"][0], saved["rows"][0] | {"seed": 1}]
     (copy / "mini_sd" / "baseline.json").write_text(json.dumps(saved))
-    last = run_judge(copy, *options).splitlines()[-2].split()
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(judge, "HERE", copy / "mini_sd")
+    monkeypatch.setattr(sys, "argv", ["judge.py", "--out", "judged", *options])
+    judge.main()
+    last = capsys.readouterr().out.splitlines()[-2].split()
     assert last == ["so", "it", "is", *["equal"] * 6] and first.stat().st_mtime_ns == before
     # another train.py is another method: it would be learned again
     (copy / "train.py").write_text("raise SystemExit('called')")
-    with pytest.raises(AssertionError, match="train.py failed on kat, seed 0"):
-        run_judge(copy, *options)
+    with pytest.raises(SystemExit, match="train.py failed on kat, seed 0:\ncalled"):
+        judge.main()
 
 
 @pytest.mark.slow
