@@ -29,6 +29,18 @@ from PIL import Image
 from torch import nn
 
 DEFAULT_MODEL = str(Path(__file__).with_name("mini_sd"))
+
+
+def name_of_model(model):
+    """What runs and embedding files call it: the embedded one by its name alone, for the project's folder may move."""
+    return Path(model).name if model == DEFAULT_MODEL else str(model)
+
+
+def model_of_name(name):
+    """The folder or Hub id that `name_of_model` gave this name."""
+    return DEFAULT_MODEL if name == Path(DEFAULT_MODEL).name else name
+
+
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}  # by width of a token's row
 MAX_VECTORS = 75  # CLIP reads 77 tokens, two of them mark start and end
 MAX_FILE_BYTES = 64 * 2**20  # an embedding is a few KB; whole checkpoints begin at hundreds of MB
@@ -111,7 +123,26 @@ class WidenedLayer(torch.autograd.Function):
 
 
 def widen_when_used(module):
-    """Let a frozen module with weights in half compute in fp32 (see WidenedLayer)."""
+    """Let a frozen module with weights in half compute in fp32 (see WidenedLayer).
+
+    What autograd keeps until the gradient comes back is kept in half, but for what is small for each picture: that
+    are, among others, the logarithms from which attention computes its weights anew.
+    """
+    dtype, forward = next(module.parameters()).dtype, module.forward
+
+    def narrow(x):
+        large = x.is_floating_point() and x.dim() > 1 and x[:1].numel() >= 2**16
+        return x.to(dtype) if large else x, x.dtype
+
+    def widen(kept):
+        x, its_dtype = kept
+        return x.to(its_dtype)
+
+    def forward_that_keeps_half(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(narrow, widen):
+            return forward(*args, **kwargs)
+
+    module.forward = forward_that_keeps_half
     for parameter in module.parameters():
         if parameter.dim() < 2:  # biases and norms are small: widened for good
             parameter.data = parameter.data.float()
@@ -404,6 +435,7 @@ def install_learned_rows(text_encoder, token_ids, init_rows):
 @torch.no_grad()
 def nearest_words(tokenizer, table, rows, count=3):
     """The `count` words of the token table [V, dim] with the largest cosine to each of rows [n, dim] -> n lists."""
+    table = table[: len(tokenizer)]  # some tables are longer
     cosines = F.normalize(rows.float(), dim=1) @ F.normalize(table.float(), dim=1).T  # [n, V]
     nearest = cosines.topk(min(count, len(table)), dim=1).indices.tolist()
     return [[word.removesuffix("</w>") for word in tokenizer.convert_ids_to_tokens(ids)] for ids in nearest]

@@ -243,10 +243,11 @@ def load_clip(model, score_model=None, device="cpu"):
     name = score_model or (str(Path(model, "clip")) if Path(model, "clip").is_dir() else DEFAULT_SCORE_MODEL)
     try:
         preprocessing = json.loads(Path(cached_file(name, "preprocessor_config.json")).read_text())
+        preprocessing["crop_size"], preprocessing["image_mean"], preprocessing["image_std"]  # all are needed
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval().to(device)
         in_a_model = Path(name).with_name("tokenizer").is_dir()
         tokenizer = mu.load_tokenizer(Path(name).parent) if in_a_model else CLIPTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"--score_model {name} cannot be loaded: name a CLIP's folder or, online, Hub id.") from error
     return Clip(clip, tokenizer, preprocessing, name)
 
@@ -348,7 +349,7 @@ def run(args):
     home = next((folder for folder in (Path(sources[0]), Path(sources[0]).parent) if folder.is_dir()), Path())
     config = mu.read_json(home / "config.json")  # what train.py noted
     learned_on = config.get("model") or mu.load_embedding(sources[0], words[sources[0]]).metadata.get("base_model")
-    model, device = args.model or learned_on or mu.DEFAULT_MODEL, mu.choose_device(args.device)
+    model, device = args.model or mu.model_of_name(learned_on) or mu.DEFAULT_MODEL, mu.choose_device(args.device)
     origin = vars(args) if args.model else config  # another model has files of its own
     options = (mu.choose_dtype(args.precision, device), origin.get("revision"), origin.get("variant"))
     parts = load_parts(model, words, device, *options)

@@ -226,7 +226,11 @@ def train(args):
                 settled = args.early_stop and has_settled(run.eval_losses())
             previewing = args.preview_steps and (step % args.preview_steps == 0 or step == args.steps or settled)
             if previewing and not stopping:
-                preview(step)
+                try:
+                    preview(step)
+                except Exception:  # no memory left to draw with, a full disk: what was learned is kept
+                    run.save(step)
+                    raise
             if saving or settled or step - last_progress >= 20:
                 run.save(step)
             if step - last_progress >= 20:
@@ -239,7 +243,7 @@ def train(args):
     if settled:
         print(f"settled   after step {step} (--early_stop)")
     elif step < args.steps:
-        folder = shlex.quote(str(run.folder))
+        folder = shlex.quote(run.folder.as_posix())
         print(f"stopped after step {step}, all is saved; go on with: python train.py --resume --output_dir {folder}")
         sys.exit(130)
 
@@ -256,7 +260,7 @@ def train(args):
     run.finish()
     sentence = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
     prompt = sentence[args.learnable_property].format(args.placeholder_token)
-    print(f'try next   python sample.py --embedding {shlex.quote(str(run.folder))} --prompt "{prompt}"')
+    print(f'try next   python sample.py --embedding {shlex.quote(run.folder.as_posix())} --prompt "{prompt}"')
     return run.folder
 
 
@@ -284,6 +288,7 @@ class Run:
             self.clear()
         config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
         config["images"] = str(Path(args.images).absolute())  # --score looks for them from anywhere
+        config["model"] = mu.name_of_model(args.model)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text.encode()))
         lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
@@ -296,7 +301,8 @@ class Run:
     def clear(self):
         """Remove what an earlier run left behind (--overwrite)."""
         try:
-            for path in [*(self.folder / name for name in RUN_FILES), *self.folder.glob("events.out.tfevents*")]:
+            events = self.folder.glob("events.out.tfevents*") if self.args.overwrite else []
+            for path in [*(self.folder / name for name in RUN_FILES), *events]:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {self.folder} ({error.strerror}): choose another folder.") from error
@@ -320,7 +326,7 @@ class Run:
         state |= {"scaler": self.scaler.state_dict(), "step": step, "images": self.fingerprint}
         state["previews"] = self.previews
         mu.atomic_write(self.state_path, lambda buffer: torch.save(state, buffer))
-        word = (self.args.placeholder_token, self.learned_rows, self.args.model, {"step": step})
+        word = (self.args.placeholder_token, self.learned_rows, mu.name_of_model(self.args.model), {"step": step})
         mu.save_embedding(self.folder / "learned_embeds.safetensors", *word)
         if self.args.save_bin:
             mu.save_embedding(self.folder / "learned_embeds.bin", *word, bin=True)
@@ -403,6 +409,14 @@ def free_folders(placeholder_token):
     return (run for run in runs if not run.exists())
 
 
+def read_config(folder):
+    """The options that the run in a folder began with; {} where there is none. UserError if they are damaged."""
+    config = mu.read_json(Path(folder, "config.json"))
+    if not isinstance(config, dict) or "placeholder_token" not in config:  # another program's
+        return {}
+    return config | {"model": mu.model_of_name(config["model"])}
+
+
 def load_state(path):
     """The checkpoint of a run. UserError if there is none or it is damaged."""
     if not path.exists():
@@ -418,7 +432,7 @@ def load_state(path):
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 
-# what may differ when a run is resumed; anything else would change its course
+# what may differ when a run is resumed; anything else would change its course (more --steps stretch a decaying rate)
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
 FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
 FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the pictures themselves are compared
@@ -532,12 +546,12 @@ def parse_options(argv=None):
         folder = args.output_dir or (args.resume if args.resume != "latest" else None)
         if folder is None:
             begun = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-            if given:
-                begun = [path for path in begun if mu.read_json(path)["placeholder_token"] == args.placeholder_token]
+            words = {path: read_config(path.parent).get("placeholder_token") for path in begun}
+            begun = [path for path, word in words.items() if word and (word == args.placeholder_token or not given)]
             if not begun:
                 raise UserError("--resume: there is no such run in runs/; name its folder with --output_dir.")
             folder = str(begun[-1].parent)
-        config = mu.read_json(Path(folder, "config.json"))
+        config = read_config(folder)
         if not config or Path(folder, "learned_embeds.safetensors").exists():
             load_state(Path(folder, "state.pt"))
         if not config:
@@ -552,10 +566,11 @@ def parse_options(argv=None):
             raise UserError(f"--resume would change the course of {folder}: {said}; leave it or begin another run.")
     elif args.output_dir and not args.overwrite:
         held = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
-        nothing_saved = "config.json" in held and not {"state.pt", *WORD_FILES} & {*held}  # it failed, or was killed
+        is_run = bool(read_config(args.output_dir))
+        nothing_saved = is_run and not {"state.pt", *WORD_FILES} & {*held}  # it failed, or was killed
         if held and not nothing_saved:
-            what = "a run" if "config.json" in held else f"'{held[0]}'"
-            also = " --resume or" if "config.json" in held else ""
+            what = "a run" if is_run else f"'{held[0]}'"
+            also = " --resume or" if is_run else ""
             raise UserError(f"--output_dir {args.output_dir} holds {what}: add{also} --overwrite or name another.")
     return args
 

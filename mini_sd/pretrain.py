@@ -6,7 +6,7 @@
 
 Every stage saves its state in --work as it goes and goes on from there when it is started again. `export` writes the
 half-precision weights in diffusers' folder layout. Progress is printed and kept in <work>/<stage>.jsonl; the vae and
-unet stages leave a contact sheet to look at.
+check stages leave a contact sheet to look at.
 """
 
 import argparse
@@ -393,7 +393,7 @@ def learn_unet(args, name, unet, lr, picks_of):
 
 
 def stage_unet(args):
-    n = len(load_pictures(args, "train")[1])
+    n = len(json.loads((args.work / "train.json").read_text()))
     uniform = lambda count, progress, generator: torch.randint(n, (count,), generator=generator)  # noqa: E731
     learn_unet(args, "unet", build_unet(), 1e-3, uniform)
 
@@ -440,22 +440,23 @@ def stage_details(args):
     """The exported UNet goes on learning, more of what is small or rare: the exported `unet` is written anew.
 
     After stage_unet it knows kinds, colours and scenes, but the spots on a thing and the hat on its head are soft or
-    have each other's colours. Here half of the pictures have both a pattern and something on the head, or are drawings
-    or pixel art (two fifths of the world), until the last third of the time, which is as the world is.
+    have each other's colours. Here every second picture has both a pattern and something on the head, or is a drawing
+    or pixel art (as are two fifths of the world), until the last third of the time, which is as the world is.
     """
-    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file
 
-    pictures = world.random_pictures(len(load_pictures(args, "train")[1]), TRAIN_SEED)
+    pictures = world.random_pictures(len(json.loads((args.work / "train.json").read_text())), TRAIN_SEED)
     detailed = [p.style != "photo" or (p.pattern != "plain" and p.accessory is not None) for p in pictures]
     detailed = torch.tensor(detailed).nonzero().flatten()
 
     def picks_of(count, progress, generator):
         picks = torch.randint(len(pictures), (count,), generator=generator)
         if progress < 2 / 3:
-            picks[::2] = detailed[picks[::2] % len(detailed)]
+            picks[::2] = detailed[torch.randint(len(detailed), picks[::2].shape, generator=generator)]
         return picks[torch.randperm(count, generator=generator)]  # their places in the batch decide on the timestep
 
-    unet = UNet2DConditionModel.from_pretrained(args.out / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    unet = build_unet()
+    unet.load_state_dict(load_file(args.out / "unet" / "diffusion_pytorch_model.safetensors"))  # from half to fp32
     ema = learn_unet(args, "details", unet, 7e-4, picks_of)
     if not dist.is_initialized() or dist.get_rank() == 0:
         ema.half().save_pretrained(args.out / "unet")
@@ -479,7 +480,7 @@ def stage_scorer(args):
     clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device).train()
 
     def loss_of(picks, progress, rng):
-        if progress > 2 / 3:  # in the end half of them are drawings and pixel art
+        if progress > 2 / 3:  # in the end every second one is a drawing or pixel art
             picks[::2] = styled[picks[::2] % len(styled)]
         sentences, told = [], []
         for i in picks.tolist():

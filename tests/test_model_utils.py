@@ -255,12 +255,32 @@ def test_a_widened_layer_is_the_fp32_layer_and_keeps_no_weight(layer, shape):
     model_utils.widen_when_used(half)
     x, kept = torch.randn(shape, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
-        y = half(x)
+        model_utils.WidenedLayer.apply(x, half)
+    y = half(x)
     assert half.weight.dtype == torch.bfloat16 and y.dtype == torch.float32 and not kept
     torch.testing.assert_close(y, exact(x))
     direction = torch.randn(y.shape)
     (grad,), (expected,) = (torch.autograd.grad(f(x), x, direction) for f in (half, exact))
     torch.testing.assert_close(grad, expected)
+
+
+def test_what_large_tensors_are_kept_for_the_gradient_is_kept_in_half(monkeypatch):
+    block = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.SiLU()).requires_grad_(False).bfloat16()
+    exact, kept = copy.deepcopy(block).float(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def watched(pack, unpack):
+        return hooks(lambda x: kept.append((x.numel(), pack(x)[0].dtype)) or pack(x), unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", watched)
+    model_utils.widen_when_used(block)
+    x = torch.randn(2, 1024, 64, requires_grad=True)
+    y, direction = block(x), torch.randn(2, 1024, 64)
+    assert {dtype for n, dtype in kept if n == x.numel()} == {torch.bfloat16}  # what LayerNorm and SiLU were given
+    assert {dtype for n, dtype in kept if n < x.numel()} == {torch.float32}
+    torch.testing.assert_close(y, exact(x))  # forward nothing is lost
+    (grad,), (expected,) = (torch.autograd.grad(f, x, direction) for f in (y, exact(x)))
+    assert 0 < (grad - expected).norm() < 0.01 * expected.norm()
 
 
 # --- The word ---------------------------------------------------------------------------------------------------------
@@ -442,6 +462,13 @@ def test_lookup_with_rows_of_its_own_order_and_a_longer_table():
     assert torch.equal(embedding(torch.tensor([[8, 9, 10, 12, 0]]))[0], expected)
     rows.zero_()
     assert embedding.learned_rows.abs().min() > 0  # a copy: the caller's tensor is the caller's
+
+
+def test_nearest_words_are_words(tokenizer):
+    table = torch.randn(len(tokenizer) + 3, 4)  # rows that no word has
+    rows = torch.stack([table[tokenizer.convert_tokens_to_ids("cat</w>")], table[-1]])
+    found = model_utils.nearest_words(tokenizer, table, rows)
+    assert found[0][0] == "cat" and all(len(words) == 3 for words in found)
 
 
 def test_nested_text_models_too():

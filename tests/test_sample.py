@@ -254,6 +254,14 @@ def test_the_judge_can_be_chosen(tiny_model, tmp_path):
     for model, name in ((without, None), (tiny_model, str(without)), (tiny_model, str(tmp_path / "missing"))):
         with pytest.raises(mu.UserError, match="--score_model"):  # offline: OpenAI's is not to be had
             sample.load_clip(model, name)
+    preprocessing = chosen / "preprocessor_config.json"
+    preprocessing.write_text(preprocessing.read_text().replace('"crop_size"', '"other"'))
+    damaged = shutil.copytree(own.name, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for name in (chosen, damaged):
+        with pytest.raises(mu.UserError, match="--score_model"):
+            sample.load_clip(tiny_model, str(name))
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

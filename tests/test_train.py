@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import data
 import model_utils as mu
+import sample
 import train
 
 
@@ -394,8 +395,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(learn, monkeypatch, capsys):
 def test_ctrl_c_loses_nothing_whenever_it_comes(learn, monkeypatch, capsys, tiny_model, pictures, where):
     import signal
 
-    import sample
-
     module, name = {"save": (mu, "save_embedding"), "preview": (sample, "draw"), "loading": (mu, "load_vae")}[where]
     real, calls = getattr(module, name), []
 
@@ -492,20 +491,52 @@ def test_two_runs_begun_at_the_same_moment_take_two_folders(learn, tmp_path):
     assert [args.output_dir for args in options] == [str(Path("runs/kat")), str(Path("runs/kat-2"))]
 
 
-@pytest.mark.parametrize("name", ["learned_embeds.bin", "learned_embeds.safetensors", "preview.png"])
+@pytest.mark.parametrize("name", ["learned_embeds.bin", "learned_embeds.safetensors", "preview.png", "config.json"])
 def test_files_of_another_program_are_not_overwritten(learn, name, tmp_path):
     """The folder of diffusers' script or of the concept library has no config.json, but a word."""
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / name).write_bytes(b"dear to someone")
+    dear = b'{"dear": "to someone"}'
+    (tmp_path / "old" / name).write_bytes(dear)
     with pytest.raises(mu.UserError, match=f"--output_dir old holds '{name}'.*--overwrite"):
         learn(out="old")
-    assert (tmp_path / "old" / name).read_bytes() == b"dear to someone"
+    assert (tmp_path / "old" / name).read_bytes() == dear
     learn("--overwrite", out="old")
+
+
+def test_curves_of_another_program_in_the_same_folder_stay(learn, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.out.tfevents.1").write_bytes(b"of another")
+    learn()
+    assert (tmp_path / "run" / "events.out.tfevents.1").read_bytes() == b"of another"
+
+
+def test_a_preview_that_fails_costs_no_step(learn, monkeypatch):
+    def fail(*args):
+        raise mu.UserError("no memory to draw with")
+
+    monkeypatch.setattr(train.Run, "add_preview_row", lambda run, drawings, step: step and fail())
+    with pytest.raises(mu.UserError, match="to draw with"):
+        learn("--preview_steps", "4", "--save_steps", "3")
+    assert torch.load("run/state.pt", weights_only=True)["step"] == 4
+
+
+def test_the_project_may_move(learn, tiny_model, tmp_path, monkeypatch):
+    """Runs and files name the embedded model by its name alone; where it lies now is asked when they are read."""
+    monkeypatch.setattr(mu, "DEFAULT_MODEL", shutil.copytree(tiny_model, str(tmp_path / "here" / "mini_sd")))
+    folder = learn("--model", mu.DEFAULT_MODEL)
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setattr(mu, "DEFAULT_MODEL", str(tmp_path / "there" / "mini_sd"))
+    args = train.parse_options(["--resume", "--output_dir", str(folder), "--steps", "6"])
+    assert args.model == mu.DEFAULT_MODEL and train.train(args).absolute() == folder
+    assert str(tmp_path) not in (folder / "learned_embeds.safetensors").read_bytes().decode("latin-1")
+    shutil.copy(folder / "learned_embeds.safetensors", tmp_path / "alone.safetensors")
+    for embedding in ("run", "alone.safetensors"):
+        sample.main(["--embedding", embedding, "--prompt", "a <kat>", "--num_images", "1", "--steps", "1"])
 
 
 def test_a_run_that_failed_before_it_saved_does_not_stand_in_the_way(learn, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text('{"placeholder_token": "<kat>", "model": "mini_sd"}')
     assert (learn() / "learned_embeds.safetensors").exists()
     with pytest.raises(mu.UserError, match="holds a run"):
         learn()
@@ -516,6 +547,11 @@ def test_resume_takes_the_newest_run_of_any_word(learn, monkeypatch, capsys):
     assert train.parse_options(["--resume"]).output_dir == str(Path("runs/pup"))
     assert train.parse_options(["--resume", "--placeholder_token", "<kat>"]).output_dir == str(Path("runs/kat"))
     assert "no such run in runs/" in refused(["--resume", "--placeholder_token", "<finn>"], capsys)
+    Path("runs/other").mkdir()
+    Path("runs/other/config.json").write_text('{"of": "another program"}')
+    assert train.parse_options(["--resume"]).output_dir == str(Path("runs/pup"))
+    assert train.parse_options(["--resume", "--placeholder_token", "<kat>"]).output_dir == str(Path("runs/kat"))
+    assert "no checkpoint" in refused(["--resume", "--output_dir", "runs/other"], capsys)
 
 
 def test_what_a_kill_kept_from_being_written_is_written_on_resume(learn):
