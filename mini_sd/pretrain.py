@@ -112,6 +112,13 @@ def build_tokenizer(sentences):
 # ------------------------------------------------------------------------------------------------- the helpers
 
 
+def write_whole(path, write):
+    """write(file) into a file beside it, which then takes the place of `path`: what is there is always complete."""
+    with path.with_suffix(".tmp").open("wb") as file:
+        write(file)
+    path.with_suffix(".tmp").replace(path)
+
+
 class Run:
     """State of one stage on disk: weights, optimizer and step, saved every minute, and a log."""
 
@@ -138,8 +145,8 @@ class Run:
         if self.silent:
             return
         state = {"modules": [m.state_dict() for m in self.modules], "optimizer": self.optimizer.state_dict()}
-        torch.save({**state, "step": self.step, "spent": self.seconds}, self.path.with_suffix(".tmp"))
-        self.path.with_suffix(".tmp").replace(self.path)
+        state |= {"step": self.step, "spent": self.seconds}
+        write_whole(self.path, lambda file: torch.save(state, file))
 
     def tick(self, every=50, **values):
         self.step += 1
@@ -203,7 +210,7 @@ def stage_pictures(args):
         if not (args.work / f"{split}.npy").exists():
             images, sentences, _ = world.make_set(n, seed)
             (args.work / f"{split}.json").write_text(json.dumps(sentences))
-            np.save(args.work / f"{split}.npy", images)
+            write_whole(args.work / f"{split}.npy", lambda file, images=images: np.save(file, images))
 
 
 def stage_tokenizer(args):
@@ -316,9 +323,8 @@ def stage_latents(args):
     ]
     mean, logvar = torch.cat(moments).chunk(2, dim=1)
     scale = 1 / (mean.float().var() + logvar.float().exp().mean()).sqrt().item()
-    torch.save(
-        {"mean": mean.clone(), "std": (0.5 * logvar.float()).exp().half(), "scale": scale}, args.work / "latents.pt"
-    )
+    cache = {"mean": mean.clone(), "std": (0.5 * logvar.float()).exp().half(), "scale": scale}
+    write_whole(args.work / "latents.pt", lambda file: torch.save(cache, file))
     print(f"latents: {len(mean)}, scaling factor {scale:.4f}", flush=True)
 
 
@@ -335,7 +341,7 @@ def stage_texts(args):
     clip.load_state_dict(torch.load(args.work / "clip.pt", weights_only=True)["modules"][0])
     chunks = tokens(tokenizer, [*sentences, ""]).split(512)
     embeddings = [clip.text_model(ids.to(args.device)).last_hidden_state.half().cpu() for ids in chunks]
-    torch.save(torch.cat(embeddings), args.work / "texts.pt")
+    write_whole(args.work / "texts.pt", lambda file: torch.save(torch.cat(embeddings), file))
 
 
 def learn_unet(args, name, unet, lr, picks_of):
@@ -385,7 +391,8 @@ def learn_unet(args, name, unet, lr, picks_of):
         gradient *= (1 / (gradient.norm() + 1e-6)).clamp(max=1)  # clipped to length 1
         optimizer.step()
         decay = min(0.999, (run.step + 1) / (run.step + 10))
-        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
         run.tick(mse=error.detach().mean(), weighted=loss.detach())
         going = progress.item() < 1
     run.save()
