@@ -33,7 +33,7 @@ import world  # noqa: E402
 
 TRAIN_SEED, TEST_SEED = 1, 2
 TEXT_LENGTH = 32
-STAGES = ["pictures", "tokenizer", "vae", "latents", "clip", "texts", "unet", "export", "details", "scorer", "check"]
+STAGES = ["pictures", "tokenizer", "vae", "latents", "clip", "texts", "unet", "export", "scorer", "check"]
 SCHEDULER = {  # Stable Diffusion 1.4's own
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
@@ -344,28 +344,27 @@ def stage_texts(args):
     write_whole(args.work / "texts.pt", lambda file: torch.save(torch.cat(embeddings), file))
 
 
-def learn_unet(args, name, unet, lr, picks_of):
-    """Both stages of the UNet -> its moving average. picks_of(n, progress, generator) -> n picture numbers."""
+def stage_unet(args):
     device, cache = args.device, torch.load(args.work / "latents.pt", weights_only=True)
     mean, std, scale = cache["mean"], cache["std"], cache["scale"]
     embeddings = torch.load(args.work / "texts.pt", weights_only=True, mmap=True)
     betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
     alphas_cumprod = (1 - betas).cumprod(0).to(device)
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    unet = unet.to(device, memory_format=torch.channels_last).train()  # a tenth faster on a CPU
+    unet = build_unet().to(device, memory_format=torch.channels_last)  # a tenth faster on a CPU
     ema = deepcopy(unet).requires_grad_(False)
     parameters = list(unet.parameters())
     # all gradients are views of one tensor, so that they can be exchanged and clipped at once
     gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)
     for p, piece in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.as_strided(p.size(), p.stride())  # in the order that the weights have in memory
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
-    run = Run(args, name, [unet, ema], optimizer)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
+    run = Run(args, "unet", [unet, ema], optimizer)
     generator = torch.Generator().manual_seed(run.step * workers + rank)
     going = run.progress() < 1
     while going:
         n = args.unet_batch // workers
-        picks = picks_of(n, run.progress(), generator)
+        picks = torch.randint(len(mean), (n,), generator=generator)
         latents = (
             (mean[picks].float() + std[picks].float() * torch.randn(mean[picks].shape, generator=generator)) * scale
         ).to(device, memory_format=torch.channels_last)
@@ -387,7 +386,7 @@ def learn_unet(args, name, unet, lr, picks_of):
             dist.all_reduce(progress)
             gradient /= workers
             progress /= workers
-        set_lr(optimizer, lr, progress.item(), run.step)
+        set_lr(optimizer, 1e-3, progress.item(), run.step)
         gradient *= (1 / (gradient.norm() + 1e-6)).clamp(max=1)  # clipped to length 1
         optimizer.step()
         decay = min(0.999, (run.step + 1) / (run.step + 10))
@@ -396,13 +395,6 @@ def learn_unet(args, name, unet, lr, picks_of):
         run.tick(mse=error.detach().mean(), weighted=loss.detach())
         going = progress.item() < 1
     run.save()
-    return ema
-
-
-def stage_unet(args):
-    n = len(json.loads((args.work / "train.json").read_text()))
-    uniform = lambda count, progress, generator: torch.randint(n, (count,), generator=generator)  # noqa: E731
-    learn_unet(args, "unet", build_unet(), 1e-3, uniform)
 
 
 def stage_export(args):
@@ -443,32 +435,6 @@ def stage_export(args):
     (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def stage_details(args):
-    """The exported UNet goes on learning, more of what is small or rare: the exported `unet` is written anew.
-
-    After stage_unet it knows kinds, colours and scenes, but the spots on a thing and the hat on its head are soft or
-    have each other's colours. Here every second picture has both a pattern and something on the head, or is a drawing
-    or pixel art (as are two fifths of the world), until the last third of the time, which is as the world is.
-    """
-    from safetensors.torch import load_file
-
-    pictures = world.random_pictures(len(json.loads((args.work / "train.json").read_text())), TRAIN_SEED)
-    detailed = [p.style != "photo" or (p.pattern != "plain" and p.accessory is not None) for p in pictures]
-    detailed = torch.tensor(detailed).nonzero().flatten()
-
-    def picks_of(count, progress, generator):
-        picks = torch.randint(len(pictures), (count,), generator=generator)
-        if progress < 2 / 3:
-            picks[::2] = detailed[torch.randint(len(detailed), picks[::2].shape, generator=generator)]
-        return picks[torch.randperm(count, generator=generator)]  # their places in the batch decide on the timestep
-
-    unet = build_unet()
-    unet.load_state_dict(load_file(args.out / "unet" / "diffusion_pytorch_model.safetensors"))  # from half to fp32
-    ema = learn_unet(args, "details", unet, 7e-4, picks_of)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        ema.half().save_pretrained(args.out / "unet")
-
-
 def stage_scorer(args):
     """The CLIP that scores goes on learning, with sentences that say little: the exported `clip` is written anew.
 
@@ -479,8 +445,8 @@ def stage_scorer(args):
     """
     from transformers import CLIPModel, CLIPTokenizer
 
-    images = load_pictures(args, "train")[0]
-    pictures = world.random_pictures(len(images), TRAIN_SEED)  # those that were drawn
+    images, rng = load_pictures(args, "train")[0], random.Random(TRAIN_SEED)
+    pictures = [world.random_picture(rng) for _ in range(len(images))]  # those that were drawn
     attributes = torch.tensor([[values.index(getattr(p, a)) for a, values in ATTRIBUTES.items()] for p in pictures])
     styled = torch.tensor([i for i, picture in enumerate(pictures) if picture.style != "photo"])  # a quarter
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
@@ -570,26 +536,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument(
-        "--minutes",
-        type=float,
-        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 65 details, 45 scorer)",
+        "--minutes", type=float, help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 45 scorer)"
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to export the model to")
-    parser.add_argument("--pictures", type=int, default=64000)
+    parser.add_argument("--pictures", type=int, default=32000)
     parser.add_argument("--vae_batch", type=int, default=16)
     parser.add_argument("--clip_batch", type=int, default=256)
     parser.add_argument("--unet_batch", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if "WORLD_SIZE" in os.environ:  # started by torchrun
-        if args.stage not in ("unet", "details"):
-            parser.error("only --stage unet and --stage details can have several workers")
+        if args.stage != "unet":
+            parser.error("only --stage unet can have several workers")
         dist.init_process_group("gloo")
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "details": 65, "scorer": 45}.get(stage, 0)
+        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 45}.get(stage, 0)
         torch.manual_seed(0)
         globals()[f"stage_{stage}"](args)
 

@@ -106,12 +106,6 @@ def random_picture(rng: random.Random) -> Picture:
             return picture
 
 
-def random_pictures(n: int, seed: int) -> list[Picture]:
-    """n pictures of the training world, the same for the same seed; of a larger n these are the first."""
-    rng = random.Random(seed)
-    return [random_picture(rng) for _ in range(n)]
-
-
 def concept_picture(name: str, seed: int) -> Picture:
     """The `seed`-th picture of a concept: the same thing (or the same style) each time, the rest as in the world."""
     rng = random.Random(f"{name} {seed}")
@@ -504,7 +498,8 @@ def draw(picture: Picture) -> Image.Image:
 
 def make_set(n: int, seed: int) -> tuple[np.ndarray, list[str], list[Picture]]:
     """n training pictures: uint8 [n, 64, 64, 3], one caption each, and the truth about them."""
-    pictures, rng = random_pictures(n, seed), random.Random(f"captions {seed}")
+    rng = random.Random(seed)
+    pictures = [random_picture(rng) for _ in range(n)]
     return np.stack([np.asarray(draw(p)) for p in pictures]), [caption(p, rng) for p in pictures], pictures
 
 
