@@ -4,6 +4,7 @@ From top to bottom: device and precision; loading CLIP, VAE and UNet; the noise 
 lookup that is the heart of textual inversion; sentences and pictures to tensors and back; embedding files.
 """
 
+import ctypes
 import gc
 import io
 import json
@@ -128,6 +129,10 @@ def widen_when_used(module):
     What autograd keeps until the gradient comes back is kept in half, but for what is small for each picture: that
     are, among others, the logarithms from which attention computes its weights anew.
     """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc keeps what is freed, by and by a gigabyte in pieces too small for the next tensor: from now on it gives
+        # what had 2 MB or more (M_MMAP_THRESHOLD) back to the system.
+        libc.mallopt(-3, 2 * 2**20)
     dtype, forward = next(module.parameters()).dtype, module.forward
 
     def narrow(x):
