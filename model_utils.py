@@ -31,17 +31,6 @@ from torch import nn
 
 DEFAULT_MODEL = str(Path(__file__).with_name("mini_sd"))
 
-
-def name_of_model(model):
-    """What runs and embedding files call it: the embedded one by its name alone, for the project's folder may move."""
-    return Path(model).name if model == DEFAULT_MODEL else str(model)
-
-
-def model_of_name(name):
-    """The folder or Hub id that `name_of_model` gave this name."""
-    return DEFAULT_MODEL if name == Path(DEFAULT_MODEL).name else name
-
-
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}  # by width of a token's row
 MAX_VECTORS = 75  # CLIP reads 77 tokens, two of them mark start and end
 MAX_FILE_BYTES = 64 * 2**20  # an embedding is a few KB; whole checkpoints begin at hundreds of MB
@@ -126,13 +115,9 @@ class WidenedLayer(torch.autograd.Function):
 def widen_when_used(module):
     """Let a frozen module with weights in half compute in fp32 (see WidenedLayer).
 
-    What autograd keeps until the gradient comes back is kept in half, but for what is small for each picture: that
-    are, among others, the logarithms from which attention computes its weights anew.
+    What autograd keeps until the gradient comes back is kept in half, except what is small for each picture: among
+    that are the logarithms from which attention computes its weights anew.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc keeps what is freed, by and by a gigabyte in pieces too small for the next tensor: from now on it gives
-        # what had 2 MB or more (M_MMAP_THRESHOLD) back to the system.
-        libc.mallopt(-3, 2 * 2**20)
     dtype, forward = next(module.parameters()).dtype, module.forward
 
     def narrow(x):
@@ -154,6 +139,15 @@ def widen_when_used(module):
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.forward = lambda x, layer=layer: WidenedLayer.apply(x, layer)
+
+
+def give_back_freed_memory():
+    """From now on tensors of 2 MB or more return to the system when they are freed (Linux with glibc).
+
+    glibc would keep them for later, by and by a gigabyte in pieces too small for the next tensor.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2 * 2**20)  # M_MMAP_THRESHOLD
 
 
 # --- Loading the frozen model -----------------------------------------------------------------------------------------
@@ -202,6 +196,7 @@ def _load_frozen(part_class, part, model, device, dtype, revision, variant):
     module = module.requires_grad_(False).eval().to(device)
     if dtype != torch.float32 and not computes_in_half(dtype, device):
         widen_when_used(module)
+        give_back_freed_memory()
     return module
 
 
@@ -237,6 +232,24 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}): mend or remove it.") from error
+
+
+def name_of_model(model):
+    """What runs and embedding files call it: the embedded one by its name alone, for the project's folder may move."""
+    return Path(model).name if model == DEFAULT_MODEL else str(model)
+
+
+def model_of_name(name):
+    """The folder or Hub id that `name_of_model` gave this name."""
+    return DEFAULT_MODEL if name == Path(DEFAULT_MODEL).name else name
+
+
+def read_config(folder):
+    """The options that the run in a folder began with; {} where there is none. UserError if they are damaged."""
+    config = read_json(Path(folder, "config.json"))
+    if not isinstance(config, dict) or "placeholder_token" not in config:  # another program's
+        return {}
+    return config | {"model": model_of_name(config["model"])}
 
 
 def _fetch(option, name, filename, revision=None):

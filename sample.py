@@ -243,7 +243,8 @@ def load_clip(model, score_model=None, device="cpu"):
     name = score_model or (str(Path(model, "clip")) if Path(model, "clip").is_dir() else DEFAULT_SCORE_MODEL)
     try:
         preprocessing = json.loads(Path(cached_file(name, "preprocessor_config.json")).read_text())
-        preprocessing["crop_size"], preprocessing["image_mean"], preprocessing["image_std"]  # all are needed
+        if missing := {"crop_size", "image_mean", "image_std"} - preprocessing.keys():
+            raise ValueError(f"preprocessor_config.json lacks {missing}")
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval().to(device)
         in_a_model = Path(name).with_name("tokenizer").is_dir()
         tokenizer = mu.load_tokenizer(Path(name).parent) if in_a_model else CLIPTokenizer.from_pretrained(name)
@@ -347,9 +348,10 @@ def run(args):
         raise UserError(f"--embedding {max(sources, key=sources.count)} is given twice; once is enough.")
     words = dict(itertools.zip_longest(sources, tokens))
     home = next((folder for folder in (Path(sources[0]), Path(sources[0]).parent) if folder.is_dir()), Path())
-    config = mu.read_json(home / "config.json")  # what train.py noted
-    learned_on = config.get("model") or mu.load_embedding(sources[0], words[sources[0]]).metadata.get("base_model")
-    model, device = args.model or mu.model_of_name(learned_on) or mu.DEFAULT_MODEL, mu.choose_device(args.device)
+    config = mu.read_config(home)  # what train.py noted
+    metadata = {} if config else mu.load_embedding(sources[0], words[sources[0]]).metadata
+    learned_on = config.get("model") or mu.model_of_name(metadata.get("base_model"))
+    model, device = args.model or learned_on or mu.DEFAULT_MODEL, mu.choose_device(args.device)
     origin = vars(args) if args.model else config  # another model has files of its own
     options = (mu.choose_dtype(args.precision, device), origin.get("revision"), origin.get("variant"))
     parts = load_parts(model, words, device, *options)
@@ -379,7 +381,7 @@ def run(args):
     count, folder, images = args.num_images or 4, Path(args.output_dir or home / "drawings"), []
     each_prompt = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(args.seed, args.seed + len(each_prompt))
-    notes = {**how, "model": model, "embeddings": dict(zip(parts.placeholders, words, strict=True))}
+    notes = {**how, "model": mu.name_of_model(model), "embeddings": dict(zip(parts.placeholders, words, strict=True))}
     for image in draw(parts, each_prompt, seeds, **how):
         path = next(p for i in itertools.count() if not (p := folder / f"{i:04d}.png").exists())
         save_png(image, path, {"prompt": each_prompt[len(images)], "seed": seeds[len(images)], **notes})

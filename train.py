@@ -409,14 +409,6 @@ def free_folders(placeholder_token):
     return (run for run in runs if not run.exists())
 
 
-def read_config(folder):
-    """The options that the run in a folder began with; {} where there is none. UserError if they are damaged."""
-    config = mu.read_json(Path(folder, "config.json"))
-    if not isinstance(config, dict) or "placeholder_token" not in config:  # another program's
-        return {}
-    return config | {"model": mu.model_of_name(config["model"])}
-
-
 def load_state(path):
     """The checkpoint of a run. UserError if there is none or it is damaged."""
     if not path.exists():
@@ -546,12 +538,12 @@ def parse_options(argv=None):
         folder = args.output_dir or (args.resume if args.resume != "latest" else None)
         if folder is None:
             begun = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-            words = {path: read_config(path.parent).get("placeholder_token") for path in begun}
+            words = {path: mu.read_config(path.parent).get("placeholder_token") for path in begun}
             begun = [path for path, word in words.items() if word and (word == args.placeholder_token or not given)]
             if not begun:
                 raise UserError("--resume: there is no such run in runs/; name its folder with --output_dir.")
             folder = str(begun[-1].parent)
-        config = read_config(folder)
+        config = mu.read_config(folder)
         if not config or Path(folder, "learned_embeds.safetensors").exists():
             load_state(Path(folder, "state.pt"))
         if not config:
@@ -566,7 +558,7 @@ def parse_options(argv=None):
             raise UserError(f"--resume would change the course of {folder}: {said}; leave it or begin another run.")
     elif args.output_dir and not args.overwrite:
         held = [name for name in RUN_FILES if Path(args.output_dir, name).exists()]
-        is_run = bool(read_config(args.output_dir))
+        is_run = bool(mu.read_config(args.output_dir))
         nothing_saved = is_run and not {"state.pt", *WORD_FILES} & {*held}  # it failed, or was killed
         if held and not nothing_saved:
             what = "a run" if is_run else f"'{held[0]}'"

@@ -234,8 +234,8 @@ def main():
     if args.save_baseline and (len(set(seeds)) < 2 or set(concepts) < set(CONCEPTS)):
         parser.error("--save_baseline needs all concepts and two seeds or more")
     # A run is learned again when the code, the model or an option is another one.
-    kinds = ("*/*.safetensors", "*.safetensors", "*/*config.json", "model_index.json", "concepts/*/*.png")
-    model = fingerprint([path for kind in kinds for path in HERE.glob(kind)])
+    parts = ("*/*.safetensors", "*.safetensors", "*/*config.json", "model_index.json", "concepts/*/*.png")
+    model = fingerprint([path for part in parts for path in HERE.glob(part)])
     code = fingerprint([*HERE.parent.glob("*.py"), *(HERE / name for name in ("judge.py", "reader.py", "world.py"))])
     method = hashlib.sha256(json.dumps([model, code, args.options, args.drawings]).encode()).hexdigest()[:8]
     saved = {} if args.save_baseline else mu.read_json(HERE / "baseline.json")
