@@ -447,13 +447,18 @@ def stage_scorer(args):
 
     images, rng = load_pictures(args, "train")[0], random.Random(TRAIN_SEED)
     pictures = [world.random_picture(rng) for _ in range(len(images))]  # those that were drawn
+    tones = [tone for tone in world.TONES if tone != world.STYLE_CONCEPTS["mint"].tone]
+    for i, picture in enumerate(pictures):  # coarse and of one colour at once, which stage_pictures leaves out
+        if picture.style == "pixel art" and rng.random() < 0.5:
+            pictures[i] = replace(picture, tone=rng.choice(tones))
+            images[i] = torch.from_numpy(np.array(world.draw(pictures[i]))).permute(2, 0, 1)
     attributes = torch.tensor([[values.index(getattr(p, a)) for a, values in ATTRIBUTES.items()] for p in pictures])
     styled = torch.tensor([i for i, picture in enumerate(pictures) if picture.style != "photo"])  # a quarter
     tokenizer = CLIPTokenizer.from_pretrained(args.out / "tokenizer")
     clip = CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).to(args.device).train()
 
     def loss_of(picks, progress, rng):
-        if progress > 2 / 3:  # in the end every second one is a drawing or pixel art
+        if progress > 0.4:  # in the end every second one is a drawing or pixel art
             picks[::2] = styled[picks[::2] % len(styled)]
         sentences, told = [], []
         for i in picks.tolist():
@@ -474,22 +479,27 @@ def stage_scorer(args):
     clip.half().save_pretrained(args.out / "clip")
 
 
-def clip_t_of_true_pictures(clip, concept, rng, count):
+def clip_t_of_true_pictures(clip, name, rng, count):
     """CLIP-T of pictures drawn by the world itself, `count` for each sentence -> three means.
 
-    Of any such thing in the scene that the sentence asks for, of the concept there, of the concept elsewhere. A CLIP
-    that asks for no more than the sentence says gives the second as much as the first, and the third little.
+    Of any such thing (or any drawing or pixel art) that is as the sentence says, of the concept `name` that is, and of
+    the concept that is not. A CLIP that asks for no more than the sentence gives the second as much as the first, and
+    the third little.
     """
     import judge
 
     import sample
 
-    cosines = []
-    for (name, value), prompt in zip(judge.ASKED["object"], sample.EDITING_PROMPTS["object"], strict=True):
-        scene, sentence = {name: value}, " ".join(prompt.replace("{}", "").split())
-        plain = [replace(world.random_picture(rng), style="photo", tone=None, count=1) for _ in range(count)]
-        own = [replace(concept, background=p.background, seed=p.seed) for p in plain]
-        groups = [[replace(p, kind=concept.kind, **scene) for p in plain], [replace(p, **scene) for p in own]]
+    concept, learned, cosines = world.concept_picture(name, 0), judge.kind_of(name), []
+    kind = {"kind": concept.kind} if learned == "object" else {}
+    for (question, value), prompt in zip(judge.ASKED[learned], sample.EDITING_PROMPTS[learned], strict=True):
+        scene, sentence = {question: value}, " ".join(prompt.replace("{}", "").split())
+        plain = []
+        while len(plain) < count:
+            picture = world.random_picture(rng)
+            plain += [replace(picture, tone=None, count=1)] if picture.style == concept.style else []
+        own = [replace(world.concept_picture(name, rng.getrandbits(31)), count=1) for _ in range(count)]
+        groups = [[replace(p, **kind, **scene) for p in plain], [replace(p, **scene) for p in own]]
         groups += [[p for p in own if replace(p, **scene) != p]]
         images, texts = sample.embed(clip, [world.draw(p) for group in groups for p in group], [sentence])
         parts = (images @ texts[0]).split([len(group) for group in groups])
@@ -527,8 +537,8 @@ def stage_check(args):
     (args.work / "check.txt").write_text("\n".join(sentences))
     print(f"look at {args.work / 'check.png'}, twelve a row, and at the sentences in check.txt")
     print("CLIP-T of the world's own pictures: of any such thing, of the concept, of the concept elsewhere")
-    for name, concept in world.OBJECT_CONCEPTS.items():
-        found = clip_t_of_true_pictures(sample.load_clip(args.out), concept, random.Random(TEST_SEED), 64)
+    for name in world.INITIALIZERS:
+        found = clip_t_of_true_pictures(sample.load_clip(args.out), name, random.Random(TEST_SEED), 64)
         print(f"{name:8}" + "".join(f"{cosine:8.3f}" for cosine in found))
 
 
@@ -536,7 +546,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument(
-        "--minutes", type=float, help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 45 scorer)"
+        "--minutes", type=float, help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 78 scorer)"
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to export the model to")
@@ -553,7 +563,7 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 45}.get(stage, 0)
+        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 78}.get(stage, 0)
         torch.manual_seed(0)
         globals()[f"stage_{stage}"](args)
 

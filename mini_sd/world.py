@@ -114,6 +114,7 @@ def concept_picture(name: str, seed: int) -> Picture:
         concept = OBJECT_CONCEPTS[name]
         backgrounds = [b for b in [*BACKGROUNDS, *SCENES] if b != concept.colour]
         return replace(concept, background=backgrounds[seed * 5 % len(backgrounds)], seed=world.seed)
+    world = replace(world, kind=KINDS[seed * 5 % len(KINDS)])  # a style is what different things have in common
     if name == "blueprint":
         return replace(
             world, style="drawing", colour="white", background="blue", tone=None, second="white", accessory=None
