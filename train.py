@@ -464,7 +464,7 @@ def build_parser():
     add("--steps", "--max_train_steps", type=int, default=250, help="steps of the optimizer")
     add("--batch_size", "--train_batch_size", type=int, default=8, help="pictures at a time")
     add("--grad_accum", "--gradient_accumulation_steps", type=int, default=1, help="batches in a step")
-    add("--lr", "--learning_rate", type=float, default=2e-2, help="learning rate")
+    add("--lr", "--learning_rate", type=float, default=2e-2, help="learning rate (with Stable Diffusion 1 and 2: 2e-3)")
     add("--scale_lr", action="store_true", help="multiply --lr by pictures a step")
     add("--lr_scheduler", choices=["constant", "linear", "cosine"], default="cosine", help="after the warm-up")
     add("--lr_warmup_steps", type=int, default=10, help="steps to reach --lr in")

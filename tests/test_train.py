@@ -271,7 +271,7 @@ class Crash(Exception):
     pass
 
 
-FIXED_LOSSES, FIXED_NORM = [1.22473, 1.13869, 1.12352, 1.26022], 0.13672
+FIXED_LOSSES, FIXED_NORM = [1.22473, 1.13838, 1.12348, 1.2602], 0.22709
 MANY = ["--grad_accum", "2", "--num_vectors", "2", "--lr_scheduler", "linear"]
 
 
