@@ -490,16 +490,17 @@ def clip_t_of_true_pictures(clip, name, rng, count):
 
     import sample
 
-    concept, learned, cosines = world.concept_picture(name, 0), judge.kind_of(name), []
-    kind = {"kind": concept.kind} if learned == "object" else {}
-    for (question, value), prompt in zip(judge.ASKED[learned], sample.EDITING_PROMPTS[learned], strict=True):
+    concept, learnable_property, cosines = world.concept_picture(name, 0), judge.kind_of(name), []
+    same_thing = {"kind": concept.kind} if learnable_property == "object" else {}
+    asked, prompts = judge.ASKED[learnable_property], sample.EDITING_PROMPTS[learnable_property]
+    for (question, value), prompt in zip(asked, prompts, strict=True):
         scene, sentence = {question: value}, " ".join(prompt.replace("{}", "").split())
         plain = []
         while len(plain) < count:
             picture = world.random_picture(rng)
             plain += [replace(picture, tone=None, count=1)] if picture.style == concept.style else []
         own = [replace(world.concept_picture(name, rng.getrandbits(31)), count=1) for _ in range(count)]
-        groups = [[replace(p, **kind, **scene) for p in plain], [replace(p, **scene) for p in own]]
+        groups = [[replace(p, **same_thing, **scene) for p in plain], [replace(p, **scene) for p in own]]
         groups += [[p for p in own if replace(p, **scene) != p]]
         images, texts = sample.embed(clip, [world.draw(p) for group in groups for p in group], [sentence])
         parts = (images @ texts[0]).split([len(group) for group in groups])
@@ -536,9 +537,10 @@ def stage_check(args):
     world.sheet(images, 12).save(args.work / "check.png")
     (args.work / "check.txt").write_text("\n".join(sentences))
     print(f"look at {args.work / 'check.png'}, twelve a row, and at the sentences in check.txt")
-    print("CLIP-T of the world's own pictures: of any such thing, of the concept, of the concept elsewhere")
+    print("CLIP-T of the world's own pictures: of any such, of the concept, of the concept not as the sentence says")
+    clip = sample.load_clip(args.out)
     for name in world.INITIALIZERS:
-        found = clip_t_of_true_pictures(sample.load_clip(args.out), name, random.Random(TEST_SEED), 64)
+        found = clip_t_of_true_pictures(clip, name, random.Random(TEST_SEED), 64)
         print(f"{name:8}" + "".join(f"{cosine:8.3f}" for cosine in found))
 
 

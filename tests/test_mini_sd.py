@@ -102,7 +102,7 @@ def test_clip_t_asks_for_no_more_than_the_sentence_says():
     clip, rng = sample.load_clip(MINI_SD), random.Random(UNSEEN)
     for name in world.INITIALIZERS:
         of_any, of_concept, elsewhere = pretrain.clip_t_of_true_pictures(clip, name, rng, 16)
-        # (a kind is hard to tell in coarse pixels)
+        # what is shown is harder to tell in coarse pixels and line drawings
         as_much, little = (0.9, 0.3) if name in world.OBJECT_CONCEPTS else (0.75, 0.4)
         assert of_concept > as_much * of_any
         assert elsewhere < little * of_any
