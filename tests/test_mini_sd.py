@@ -52,6 +52,13 @@ def test_the_concepts_on_disk_are_those_of_the_world():
                 assert np.array_equal(np.asarray(image), np.asarray(world.draw(world.concept_picture(name, i))))
 
 
+def test_a_thing_is_shown_before_different_backgrounds_and_nothing_of_it_is_hidden():
+    for name, thing in world.OBJECT_CONCEPTS.items():
+        backgrounds = [world.concept_picture(name, i).background for i in range(64)]
+        assert len(set(backgrounds[:5])) == 5
+        assert not {thing.colour, thing.second, thing.accessory_colour} & {*backgrounds}
+
+
 def test_a_style_is_shown_on_different_things():
     for name in world.STYLE_CONCEPTS:
         assert len({world.concept_picture(name, i).kind for i in range(5)}) == 5
