@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 WORDS = "a an the of in on and photo picture painting drawing style cat dog toy red blue two night background".split()
 SENTENCE_LENGTH, TEXT_WIDTH = 32, 32
+
+
+def pytest_configure():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background (&), Ctrl-C would be ignored
 
 
 def pytest_collection_finish():
