@@ -314,6 +314,11 @@ def report_scores(scores, path):
 # --- Command line -----------------------------------------------------------------------------------------------------
 
 
+def sampling_defaults(model):
+    """Steps and guidance that the model's folder advises."""
+    return mu.read_json(Path(model, "model_index.json")).get("_sampling", {})
+
+
 def load_parts(model, words, device="cpu", dtype=torch.float32, revision=None, variant=None):
     """Parts of a model that knows the words of embedding files: {file, run folder or Hub id: new name or None}."""
     options = (device, dtype, revision, variant)
@@ -358,7 +363,7 @@ def run(args):
 
     # 2. How to draw: as asked, else as the model's folder advises, else as is usual with Stable Diffusion
     how = {"sampler": "dpm++", "steps": 25, "guidance": 7.5, "batch_size": 4, "negative_prompt": ""}
-    how |= mu.read_json(Path(model, "model_index.json")).get("_sampling", {})
+    how |= sampling_defaults(model)
     names = (*how, "height", "width")
     how |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     kind = config.get("learnable_property", "object")

@@ -166,7 +166,7 @@ def train(args):
 
     def preview(step):
         prompt = args.preview_prompt or sample.PHOTO_PROMPT[args.learnable_property].format(args.placeholder_token)
-        how = sampling_defaults(args.model) | {"height": args.resolution, "width": args.resolution}
+        how = sample.sampling_defaults(args.model) | {"height": args.resolution, "width": args.resolution}
         drawings = list(
             sample.draw(load_drawing_parts(), [prompt] * 4, range(args.seed, args.seed + 4), **how, progress=False)
         )
@@ -251,7 +251,7 @@ def train(args):
     if (Path(args.model) / "clip").is_dir() and args.score:
         words = [args.initializer_token, args.placeholder_token]
         pictures = mu.to_pil(data.load_images(args.images, args.resolution, args.center_crop)[0])
-        how = {**sampling_defaults(args.model), "batch_size": 32}
+        how = {**sample.sampling_defaults(args.model), "batch_size": 32}
         judge = sample.load_clip(args.model, device=device)
         scores = sample.score_embedding(
             load_drawing_parts(), judge, pictures, words, args.learnable_property, seed=args.seed, **how
@@ -262,11 +262,6 @@ def train(args):
     prompt = sentence[args.learnable_property].format(args.placeholder_token)
     print(f'try next   python sample.py --embedding {shlex.quote(run.folder.as_posix())} --prompt "{prompt}"')
     return run.folder
-
-
-def sampling_defaults(model):
-    """Steps and guidance that the model's folder advises."""
-    return mu.read_json(Path(model, "model_index.json")).get("_sampling", {})
 
 
 # --- The run's folder -------------------------------------------------------------------------------------------------

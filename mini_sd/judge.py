@@ -100,7 +100,7 @@ def measure(folder, drawings, with_first_word):
     if with_first_word and kind == "object":
         phrase = world.noun_phrase(replace(truth, background="white"), random.Random(0), keep=1.0)
         words["told"] = phrase.removesuffix(" on a white background")
-    how = mu.read_json(HERE / "model_index.json")["_sampling"] | {"batch_size": 32, "progress": False}
+    how = sample.sampling_defaults(HERE) | {"batch_size": 32, "progress": False}
     scores = sample.score_embedding(parts, clip, training_images, [*words.values()], kind, drawings, look=look, **how)[
         "words"
     ]

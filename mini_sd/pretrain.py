@@ -523,7 +523,7 @@ def stage_check(args):
         picture = world.random_picture(rng)
         pictures += [picture] if picture.count == 1 and picture.style == "photo" and not picture.tone else []
     sentences = ["a photo of a " + world.noun_phrase(picture, rng, keep=1.0) for picture in pictures]
-    how = mu.read_json(args.out / "model_index.json")["_sampling"]
+    how = sample.sampling_defaults(args.out)
     images = list(sample.draw(parts, sentences, range(96), batch_size=24, **how))
     found = reader.read(reader.load_reader(), images)
     right = {

@@ -113,7 +113,7 @@ def concept_picture(name: str, seed: int) -> Picture:
     if name in OBJECT_CONCEPTS:
         concept = OBJECT_CONCEPTS[name]
         own_colours = {concept.colour, concept.second, concept.accessory_colour}  # a green hat is not seen on green
-        backgrounds = [b for b in [*BACKGROUNDS, *SCENES] if b not in own_colours]  # ten
+        backgrounds = [b for b in [*BACKGROUNDS, *SCENES] if b not in own_colours]  # ten: by sevens, all in turn
         return replace(concept, background=backgrounds[seed * 7 % len(backgrounds)], seed=world.seed)
     world = replace(world, kind=KINDS[seed * 5 % len(KINDS)])  # a style is what different things have in common
     if name == "blueprint":
