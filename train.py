@@ -71,11 +71,18 @@ def step_generator(seed, step):
 
 
 def has_settled(eval_losses, window=15, share=0.15):
-    """True once the loss of the fixed batch only wavers: its last `window` values vary less than `share` of all do.
+    """True once the loss of the fixed batch only wavers.
 
-    The rule of "Is This Loss Informative?" (Voronov et al. 2023, arXiv:2302.04841).
+    Either its last `window` values vary less than `share` of all do: the rule of "Is This Loss Informative?" (Voronov
+    et al. 2023, arXiv:2302.04841). Or, for a loss that wavers as much as it has fallen, they are no lower than the
+    `window` before them by more than chance: the standard error of the difference of the two means.
     """
-    return len(eval_losses) > window and np.var(eval_losses[-window:]) < share * np.var(eval_losses)
+    if len(eval_losses) > window and np.var(eval_losses[-window:]) < share * np.var(eval_losses):
+        return True
+    before, last = eval_losses[-2 * window : -window], eval_losses[-window:]
+    if len(before) < window:
+        return False
+    return np.mean(before) - np.mean(last) < math.sqrt((np.var(before) + np.var(last)) / (window - 1))
 
 
 def train(args):

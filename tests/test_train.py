@@ -213,6 +213,19 @@ def test_a_loss_settles_when_its_last_values_only_waver():
     assert not train.has_settled(falling, share=last.var() / every.var() * 0.99)
 
 
+def test_a_loss_that_wavers_as_much_as_it_falls_settles_when_it_falls_no_more():
+    falling = [1 - 0.006 * i + 0.1 * (-1) ** i for i in range(60)]
+    assert not any(train.has_settled(falling[:i]) for i in range(61))
+    flat = falling[:40] + [0.76 + 0.1 * (-1) ** i for i in range(40, 80)]  # the two windows are the same from step 70
+    settled = [train.has_settled(flat[:i]) for i in range(81)]
+    assert not any(settled[:50]) and settled[70]
+    swing = [0.1 * (-1) ** i for i in range(30)]  # its halves differ by 0.2 / 15
+    assert not any(train.has_settled(swing[:i], share=0) for i in range(30))
+    chance = (2 * np.var(swing[:15]) / 14) ** 0.5
+    lowered = lambda fall: [x + (fall - 0.2 / 15) * (i < 15) for i, x in enumerate(swing)]  # noqa: E731
+    assert train.has_settled(lowered(0.99 * chance), share=0) and not train.has_settled(lowered(1.01 * chance), share=0)
+
+
 def test_early_stop_ends_the_run_where_the_loss_settles(learn, monkeypatch, capsys):
     monkeypatch.setattr(train, "has_settled", lambda losses: len(losses) >= 3)
     folder = learn("--early_stop", "--log_steps", "2", steps=20)
