@@ -77,12 +77,12 @@ def has_settled(eval_losses, window=15, share=0.15):
     et al. 2023, arXiv:2302.04841). Or, for a loss that wavers as much as it has fallen, they are no lower than the
     `window` before them by more than chance: the standard error of the difference of the two means.
     """
-    if len(eval_losses) > window and np.var(eval_losses[-window:]) < share * np.var(eval_losses):
-        return True
     before, last = eval_losses[-2 * window : -window], eval_losses[-window:]
+    varies_little = len(eval_losses) > window and np.var(last) < share * np.var(eval_losses)
     if len(before) < window:
-        return False
-    return np.mean(before) - np.mean(last) < math.sqrt((np.var(before) + np.var(last)) / (window - 1))
+        return varies_little
+    chance = math.sqrt((np.var(before) + np.var(last)) / (window - 1))
+    return varies_little or np.mean(before) - np.mean(last) < chance
 
 
 def train(args):
