@@ -150,6 +150,12 @@ def give_back_freed_memory():
         libc.mallopt(-3, 2 * 2**20)  # M_MMAP_THRESHOLD
 
 
+def compile_unet(unet):
+    """torch.compile: its first step takes minutes (the next run's finds them done), those after it are faster."""
+    warnings.filterwarnings("ignore", message="Dynamo detected")  # how diffusers is written is not the user's concern
+    return torch.compile(unet)
+
+
 # --- Loading the frozen model -----------------------------------------------------------------------------------------
 
 

@@ -134,14 +134,14 @@ def train(args):
         print(f"resumed    {run.folder} at step {run.step}")
 
     # 3. What a step computes, and what is looked at now and then
-    unet_to_train = torch.compile(unet) if args.compile else unet
+    unet_to_train = mu.compile_unet(unet) if args.compile else unet
 
-    def loss_of(batch, timesteps):  # moves a batch to the device, encodes its sentences -> loss [B]
+    def loss_of(model, batch, timesteps):  # moves a batch to the device, encodes its sentences -> loss [B]
         tensors = (batch.latents, batch.noise, timesteps, batch.token_ids)
         latents, noise, t, ids = (mu.send(x, device) for x in tensors)
         with torch.autocast(device.type, dtype, enabled=mu.computes_in_half(dtype, device)):
             text_embeddings = mu.encode_tokens(text_encoder, ids)  # [B, L, dim]
-            return inversion_loss(unet_to_train, latents, noise, t, text_embeddings, schedule).float()
+            return inversion_loss(model, latents, noise, t, text_embeddings, schedule).float()
 
     # The loss of a step is mostly chance: each has other pictures, timesteps and noise. That of one batch that never
     # changes is a curve that can be read.
@@ -155,9 +155,10 @@ def train(args):
         sums, counts = loss_sums.tolist(), loss_counts.tolist()
         loss_sums.zero_()
         loss_counts.zero_()
-        with torch.no_grad():
-            slices = [slice(i, i + args.batch_size) for i in range(0, fixed_size, args.batch_size)]
-            fixed = [loss_of(data.Batch(*(x[part] for x in fixed_batch)), fixed_timesteps[part]) for part in slices]
+        parts = [slice(i, i + args.batch_size) for i in range(0, fixed_size, args.batch_size)]
+        batches = [data.Batch(*(x[part] for x in fixed_batch)) for part in parts]
+        with torch.no_grad():  # never compiled: that would be a second time, for the case without gradient
+            fixed = [loss_of(unet, b, fixed_timesteps[part]) for b, part in zip(batches, parts, strict=True)]
         return {
             "step": step, "loss": sum(sums) / sum(counts), "eval_loss": torch.cat(fixed).mean().item(),
             "loss_by_timestep": [part / n if n else None for part, n in zip(sums, counts, strict=True)],
@@ -201,7 +202,7 @@ def train(args):
             timesteps = draw_timesteps(len(batch.latents), num_timesteps, generator, args.timestep_sampling)
             for i in range(args.grad_accum):  # dealt out in turns: each micro-batch has timesteps of the whole range
                 micro_batch, t = data.Batch(*(x[i :: args.grad_accum] for x in batch)), timesteps[i :: args.grad_accum]
-                loss = loss_of(micro_batch, t)  # [B]
+                loss = loss_of(unet_to_train, micro_batch, t)  # [B]
                 scaler.scale(loss.mean() / args.grad_accum).backward()  # reaches learned_rows: nothing else can learn
                 quarters = t * 4 // num_timesteps
                 loss_sums.index_add_(0, mu.send(quarters, device), loss.detach())
@@ -493,7 +494,7 @@ def build_parser():
         help="of the frozen weights",
     )
     add("--gradient_checkpointing", action=FLAG, default=False, help="less memory, slower")
-    add("--compile", action="store_true", help="compile the UNet: minutes at first, then faster steps on a GPU")
+    add("--compile", action="store_true", help="compile the UNet: minutes at first, then faster steps")
     add = parser.add_argument_group("the run's folder").add_argument
     add("--output_dir", "--out", help="default: the next free of runs/<word>, runs/<word>-2, ...")
     add("--overwrite", action="store_true", help="begin anew in an --output_dir that holds a run")

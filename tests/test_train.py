@@ -629,6 +629,20 @@ def test_out_of_memory_and_no_compiler_are_a_sentence(learn, monkeypatch, capsys
         train.main(fail(RuntimeError("a defect")))
 
 
+def test_only_the_steps_run_compiled(learn, monkeypatch):
+    """The fixed batch and the previews would have the UNet compiled a second time, for the case without gradient."""
+    calls = []
+
+    def compiled(unet):
+        return lambda *args, **kwargs: calls.append(torch.is_grad_enabled()) or unet(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    folder = learn("--compile", "--log_steps", "1", "--preview_steps", "2", steps=4)
+    assert calls == [True] * 4
+    embedding = (folder / "learned_embeds.safetensors").read_bytes()
+    assert (learn("--log_steps", "1", steps=4, out="eager") / "learned_embeds.safetensors").read_bytes() == embedding
+
+
 def test_previews_that_are_asked_for_later_have_the_training_pictures_above(learn):
     learn(steps=2)
     with Image.open(learn("--preview_steps", "2", "--resume", steps=4) / "preview.png") as sheet:
