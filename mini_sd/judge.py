@@ -51,6 +51,7 @@ from data import load_images  # noqa: E402
 
 CONCEPTS = [*world.OBJECT_CONCEPTS, *world.STYLE_CONCEPTS]
 COLUMNS = ["clip_i", "clip_t", "closed", "looks", "sentence", "background"]
+OWN_OPTIONS = {"--model", "--images", "--placeholder_token", "--seed", "--output_dir", "--resume"}  # not to be given after --
 LOOKS = {"blueprint": ["style", "colour", "background"], "mint": ["style"]}  # what makes them what they are
 ASKED = {  # what the reader should find in a drawing of each editing sentence
     "object": [("count", 2), ("style", "drawing"), ("style", "pixel art"), ("background", "red")]
@@ -225,6 +226,8 @@ def main():
     parser.add_argument("--with_first_word", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(sys.argv[1:split])
     args.options = sys.argv[split + 1 :]
+    if own := OWN_OPTIONS & {option.split("=")[0] for option in args.options}:
+        parser.error(f"{', '.join(sorted(own))}: that is for the judge to say (mini_sd, its concepts, --seeds)")
     if args.measure:
         row = measure(args.measure, args.drawings, args.with_first_word)
         mu.atomic_write(args.measure / "judged.json", lambda buffer: buffer.write(json.dumps(row, indent=1).encode()))

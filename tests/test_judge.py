@@ -129,6 +129,14 @@ def test_a_run_is_judged_once(copy, monkeypatch, capsys):
         judge.main()
 
 
+@pytest.mark.parametrize("option", ["--model", "--model=elsewhere", "--seed"])
+def test_what_the_judge_says_itself_is_refused(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["judge.py", "--quick", "--", "--lr", "1e-2", option, "1"])
+    with pytest.raises(SystemExit) as stop:
+        judge.main()
+    assert stop.value.code == 2 and f"{option.split('=')[0]}: that is for the judge" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_spoiled_loss_is_judged_worse_and_the_untouched_equal(copy):
     table = run_judge(copy, "--quick", "--seeds", "7")
