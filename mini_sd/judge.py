@@ -51,7 +51,7 @@ from data import load_images  # noqa: E402
 
 CONCEPTS = [*world.OBJECT_CONCEPTS, *world.STYLE_CONCEPTS]
 COLUMNS = ["clip_i", "clip_t", "closed", "looks", "sentence", "background"]
-OWN_OPTIONS = {"--model", "--images", "--placeholder_token", "--seed", "--output_dir", "--resume"}  # no options after --
+OWN_OPTIONS = {"--model", "--images", "--placeholder_token", "--seed", "--output_dir", "--resume"}  # not after --
 LOOKS = {"blueprint": ["style", "colour", "background"], "mint": ["style"]}  # what makes them what they are
 ASKED = {  # what the reader should find in a drawing of each editing sentence
     "object": [("count", 2), ("style", "drawing"), ("style", "pixel art"), ("background", "red")]
