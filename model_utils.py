@@ -151,7 +151,7 @@ def give_back_freed_memory():
 
 
 def compile_unet(unet):
-    """torch.compile: its first step takes minutes (the next run's finds them done), those after it are faster."""
+    """torch.compile: the first step takes minutes, unless an earlier run has compiled it; the others are faster."""
     warnings.filterwarnings("ignore", message="Dynamo detected")  # how diffusers is written is not the user's concern
     return torch.compile(unet)
 
