@@ -149,18 +149,18 @@ def train(args):
     fixed_batch = data.draw_batch(cache, template_ids, fixed_size, generator)
     num_timesteps = schedule.num_train_timesteps
     fixed_timesteps = draw_timesteps(fixed_size, num_timesteps, generator, args.timestep_sampling)
+    tensors = zip(*(x.split(args.batch_size) for x in fixed_batch), strict=True)
+    fixed = list(zip(map(data.Batch._make, tensors), fixed_timesteps.split(args.batch_size), strict=True))
     loss_sums, loss_counts = torch.zeros(4, device=device), torch.zeros(4)  # of each quarter of the timesteps
 
     def measure(step, grad_norm, skipped_steps):  # -> one line of the log; begins new sums
         sums, counts = loss_sums.tolist(), loss_counts.tolist()
         loss_sums.zero_()
         loss_counts.zero_()
-        parts = [slice(i, i + args.batch_size) for i in range(0, fixed_size, args.batch_size)]
-        batches = [data.Batch(*(x[part] for x in fixed_batch)) for part in parts]
         with torch.no_grad():  # never compiled: that would be a second time, for the case without gradient
-            fixed = [loss_of(unet, b, fixed_timesteps[part]) for b, part in zip(batches, parts, strict=True)]
+            eval_losses = [loss_of(unet, batch, timesteps) for batch, timesteps in fixed]
         return {
-            "step": step, "loss": sum(sums) / sum(counts), "eval_loss": torch.cat(fixed).mean().item(),
+            "step": step, "loss": sum(sums) / sum(counts), "eval_loss": torch.cat(eval_losses).mean().item(),
             "loss_by_timestep": [part / n if n else None for part, n in zip(sums, counts, strict=True)],
             "lr": learning_rate(step - 1, args), "grad_norm": grad_norm,
             "row_norm": learned_rows.norm(dim=1).mean().item(), "vocabulary_norm": vocabulary_norm,
