@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import math
-import shlex
 import signal
 import sys
 import threading
@@ -220,7 +219,9 @@ def train(args):
     # fp16 gradients are scaled up so that they do not vanish; else the scale is 1 and only infinite ones are skipped
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
-    run = Run(args, dataset, learned_rows, optimizer, scaler)
+    run = Run(args, dataset, learned_rows, optimizer, scaler, mu.fingerprint(text_encoder, unet))
+    if args.preview_prompt:
+        sample.check_prompts(components, [args.preview_prompt])
     if args.preview_steps and run.step == 0:
         preview(components, run)
 
@@ -263,16 +264,16 @@ def train(args):
             finished = finished or run.has_converged()
             if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not interrupted:
                 preview(components, run)
-            if finished or run.is_due(args.save_steps) or bad_steps >= MAX_BAD_STEPS:
-                run.save()
+            last = finished or bool(bad_steps >= MAX_BAD_STEPS)
+            if last or run.is_due(args.save_steps):
+                run.save(last)
             if bad_steps >= MAX_BAD_STEPS:
                 count = int(bad_steps)
                 raise UserError(f"{count} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
 
     # 4. How well it went
     if interrupted:
-        folder = shlex.quote(run.folder.as_posix())
-        command = f"python train.py --resume --output_dir {folder}"
+        command = f"python train.py --resume --output_dir {mu.quote(run.folder.as_posix())}"
         print(f"stopped after step {run.step}, all is saved; continue with: {command}")
         sys.exit(130)
     if run.step < args.steps:
@@ -294,10 +295,11 @@ PREVIEW_ROWS = 20  # the newest ones: a preview takes as long at step 100,000 as
 class Run:
     """The folder of a run: checkpoint, embedding, log, preview. One that is resumed restores what learns."""
 
-    def __init__(self, args, dataset, learned_rows, optimizer, scaler):
+    def __init__(self, args, dataset, learned_rows, optimizer, scaler, model_fingerprint):
         self.args, self.dataset, self.folder = args, dataset, claim_folder(args)
+        self.model_fingerprint = model_fingerprint
         self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
-        self.step, self.log_rows, self.tensorboard = 0, [], None
+        self.step, self.log_rows, self.unwritten, self.new_previews, self.tensorboard = 0, [], "", [], None
         if args.resume and (self.folder / "state.pt").exists():  # if it was killed before its first save it starts anew
             self.restore()
             self.save()  # a kill can have come between the checkpoint and the embedding
@@ -330,6 +332,8 @@ class Run:
         state = load_state(self.folder)
         if state["images"] != self.dataset.fingerprint:
             raise UserError(f"--images {self.args.images}: these are not the images that {self.folder} began with.")
+        if state["model"] != self.model_fingerprint:
+            raise UserError(f"--model {self.args.model}: this is not the model that {self.folder} began with.")
         self.learned_rows.data.copy_(state["rows"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -348,25 +352,36 @@ class Run:
                 f"--lr {lr}: the embedding is not finite any more; try a lower one. What was saved is kept."
             )
 
-    def save(self):
-        """Write the checkpoint (a few KB: rows, optimizer, scaler, step), then the embedding."""
+    def save(self, last=True):
+        """Write the checkpoint (a few KB: rows, optimizer, scaler, step), then the embedding.
+
+        UserError if that fails at the last save of a run; before it another follows.
+        """
         self.refuse_broken_rows()
         state = {"rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
         state |= {"scaler": self.scaler.state_dict(), "step": self.step, "images": self.dataset.fingerprint}
-        mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(state, buffer))
-        for name in EMBEDDING_FILES if self.args.save_bin else EMBEDDING_FILES[:1]:
-            base_model = mu.name_of_model(self.args.model)
-            mu.save_embedding(self.folder / name, self.args.placeholder_token, self.learned_rows, base_model)
+        state["model"] = self.model_fingerprint
+        token, base_model = self.args.placeholder_token, mu.name_of_model(self.args.model)
+        try:
+            mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(state, buffer))
+            for name in EMBEDDING_FILES if self.args.save_bin else EMBEDDING_FILES[:1]:
+                mu.save_embedding(self.folder / name, token, self.learned_rows, base_model)
+        except UserError as error:  # a full disk; on Windows also a file that another program holds open
+            if last:
+                raise
+            print(f"warning: step {self.step} is not saved, a later one will be ({error})", file=sys.stderr)
 
     def log(self, row, bar):
         """Add a line to log.jsonl; NaN and infinite numbers become null. Without a terminal the line is printed too."""
         row = json.loads(json.dumps(row), parse_constant=lambda name: None)
         self.log_rows.append(row)
+        self.unwritten += json.dumps(row) + "\n"
         try:
             with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(self.unwritten)
+            self.unwritten = ""
         except OSError as error:
-            raise UserError(f"cannot write log.jsonl ({error.strerror}): make room, then --resume.") from error
+            print(f"warning: cannot write log.jsonl yet ({error.strerror})", file=sys.stderr)
         if self.tensorboard:
             for name, value in row.items():
                 if isinstance(value, float):
@@ -389,36 +404,55 @@ class Run:
 
     def add_preview(self, images):
         """Add a row of PIL images to preview.png, below the training images and the earlier rows."""
-        row = sample.image_grid(images, 4, [f"step {self.step}"])
+        self.new_previews.append((self.step, sample.image_grid(images, 4, [f"step {self.step}"])))
+        self.write_previews()
+
+    def write_previews(self):
+        """Write preview.png with the new rows, which wait for another time if that fails."""
+        if not self.new_previews:
+            return
+        first, row = self.new_previews[0]
         steps, rows = [], [sample.image_grid(self.dataset.examples, 4, ["training images"])]
         with suppress(Exception):  # there is none yet, or it is damaged: begin anew
             with Image.open(self.folder / "preview.png") as sheet:
                 for i, step in enumerate(json.loads(sheet.text["steps"])[1 - PREVIEW_ROWS :], 1):
-                    if step < self.step:  # later ones are from before the resume
+                    if step < first:  # later ones are from before the resume
                         rows.append(sheet.crop((0, i * row.height, row.width, (i + 1) * row.height)))
                         steps.append(step)
-        sheet = Image.new("RGB", (row.width, row.height * (len(rows) + 1)), "white")
-        for i, strip in enumerate([*rows, row]):
+        for step, row in self.new_previews:
+            rows.append(row)
+            steps.append(step)
+        sheet = Image.new("RGB", (row.width, row.height * len(rows)), "white")
+        for i, strip in enumerate(rows):
             sheet.paste(strip, (0, i * row.height))
-        sample.save_png(sheet, self.folder / "preview.png", {"steps": json.dumps([*steps, self.step])})
+        sample.save_png(sheet, self.folder / "preview.png", {"steps": json.dumps(steps)})
+        self.new_previews.clear()
 
     def finish(self):
-        """Plot the log and say where everything is, and what to do next."""
+        """Plot the log and report. UserError if a file cannot be written at last."""
         titles = {
             "eval_loss": "evaluation loss", "loss": "training loss", "grad_norm": "norm of the gradient",
             "embedding_norm": "norm of the embedding", "cosine_to_init": "cosine to the initializer",
         }  # fmt: skip
         panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in titles.items()}
-        sample.plot_curves(panels, self.folder / "curves.png")
         if self.tensorboard:
             self.tensorboard.close()
+        try:
+            self.write_previews()  # only if that failed before
+            sample.plot_curves(panels, self.folder / "curves.png")
+        finally:
+            self.report()
+
+    def report(self):
+        """Print where everything is, and what to do next."""
         files = {"embedding": "learned_embeds.safetensors", "log": "log.jsonl", "curves": "curves.png"}
         for title, name in (files | {"preview": "preview.png"}).items():
             if (self.folder / name).exists():
                 print(f"{title:11}{self.folder / name}")
         prompt = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
         prompt = prompt[self.args.learnable_property].format(self.args.placeholder_token)
-        print(f'{"try next":11}python sample.py --embedding {shlex.quote(self.folder.as_posix())} --prompt "{prompt}"')
+        folder = mu.quote(self.folder.as_posix())
+        print(f"{'try next':11}python sample.py --embedding {folder} --prompt {mu.quote(prompt)}")
 
 
 def claim_folder(args):
@@ -445,7 +479,7 @@ def load_state(folder):
         raise UserError(f"--resume: there is no checkpoint {path}; name a run's folder or use --overwrite.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("rows", "optimizer", "scaler", "step", "images")}
+        return {name: state[name] for name in ("rows", "optimizer", "scaler", "step", "images", "model")}
     except Exception as error:
         raise UserError(f"--resume: the checkpoint {path} is damaged; start anew with --overwrite.") from error
 
@@ -455,7 +489,7 @@ def load_state(folder):
 # What may change when a run is resumed. Anything else would change its course (more --steps stretch a decaying rate).
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
 FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
-FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the images themselves are compared
+FREE_TO_CHANGE |= {"images", "model"}  # they may have moved: the images and the weights themselves are compared
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 COUNT, NATURAL = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
