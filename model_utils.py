@@ -850,20 +850,19 @@ def load_components(model, device="cpu", dtype=torch.float32, revision=None, var
 
     embeddings: {file, run folder or Hub id: another name for its token, or None}.
     """
-    files, embeddings = {"revision": revision, "variant": variant}, embeddings or {}
+    files = {"revision": revision, "variant": variant}
     tokenizer, text_encoder = load_tokenizer(model, revision), load_text_encoder(model, device, dtype, **files)
     dim = text_encoder.get_input_embeddings().weight.shape[1]
-    learned = [load_embedding(file, token, dim) for file, token in embeddings.items()]
-    placeholders = {}
-    for embedding, (file, token) in zip(learned, embeddings.items(), strict=True):
-        if embedding.token in placeholders:
-            raise UserError(f"two embeddings are called {embedding.token!r}: give each a --token, in their order.")
-        source = None if token else file  # who named the token
-        token_ids = add_placeholder(tokenizer, embedding.token, len(embedding.rows), "--token", source)
-        placeholders[embedding.token] = token_ids
-    if learned:
-        token_ids = sum(placeholders.values(), [])
-        install_learned_rows(text_encoder, token_ids, torch.cat([embedding.rows for embedding in learned]))
+    placeholders, rows = {}, []
+    for source, name in (embeddings or {}).items():
+        token, token_rows, _ = load_embedding(source, name, dim)
+        if token in placeholders:
+            raise UserError(f"two embeddings are called {token!r}: give each a --token, in their order.")
+        named_by = None if name else source
+        placeholders[token] = add_placeholder(tokenizer, token, len(token_rows), "--token", named_by)
+        rows.append(token_rows)
+    if rows:
+        install_learned_rows(text_encoder, sum(placeholders.values(), []), torch.cat(rows))
     vae = load_vae(model, device, torch.float32, **files)  # in half precision some VAEs overflow
     unet, schedule = load_unet(model, device, dtype, **files), load_schedule(model, revision)
     return Components(tokenizer, text_encoder, vae, unet, schedule, placeholders)

@@ -160,7 +160,8 @@ def test_a_sample_size_that_is_absent_or_a_pair(copied, size, image_folder, tmp_
     for config in (path.read_text(), path.read_text().replace('"act_fn"', '"sample_size": null, "act_fn"')):
         if size is None:
             path.write_text(config)
-        argv = ["--model", str(copied), "--images", image_folder, "--steps", "1", "--no-score", "--overwrite"]
+        argv = ["--model", str(copied), "--images", image_folder, "--initializer_token", "cat", "--steps", "1"]
+        argv += ["--no-score", "--overwrite"]
         folder = train.train(train.parse_options([*argv, "--output_dir", "run", "--preview_steps", "0"]))
         assert json.loads((folder / "config.json").read_text())["resolution"] == 16
         sample.main(["--embedding", "run", "--num_images", "1", "--steps", "1", "--out", str(tmp_path / str(size))])

@@ -23,7 +23,7 @@ import train
 def options(model, images, *more):
     """A run of four steps, for train.main."""
     argv = ["--model", model, "--images", images, "--steps", "4", "--batch_size", "2", "--lr_warmup_steps", "2"]
-    return [*argv, "--preview_steps", "0", "--no-score", *more]
+    return [*argv, "--initializer_token", "cat", "--preview_steps", "0", "--no-score", *more]
 
 
 def test_a_console_without_the_letters_of_token_and_folder(tiny_model, image_folder, tmp_path, monkeypatch):
@@ -83,14 +83,15 @@ def test_train_and_sample_run_in_a_thread_and_with_a_notebooks_output(tiny_model
 
 @pytest.fixture
 def hold_open(monkeypatch):
-    """hold_open(name, times): the next writes of files called so fail as on Windows; it returns the failures left."""
+    """hold_open(names): as many writes of files with these names fail as on Windows; returns the names left."""
+    monkeypatch.setattr(mu, "sampling_defaults", lambda model: {"steps": 1})  # previews in no time
 
-    def hold(name, times):
-        replace, left = os.replace, [None] * times
+    def hold(names):
+        replace, left = os.replace, list(names)
 
         def refuse(source, target):
-            if Path(target).name == name and left:
-                left.pop()
+            if Path(target).name in left:
+                left.remove(Path(target).name)
                 raise PermissionError(13, "Access is denied", str(target))
             replace(source, target)
 
@@ -103,25 +104,26 @@ def hold_open(monkeypatch):
 EVERY_TWO = ["--save_steps", "2", "--preview_steps", "2", "--log_steps", "2", "--save_bin"]
 
 
-@pytest.mark.parametrize("name", ["state.pt", "learned_embeds.safetensors", "learned_embeds.bin", "preview.png"])
-def test_a_file_that_is_held_open_once_is_written_at_the_next_save(learn, hold_open, capsys, name):
-    expected = learn(*EVERY_TWO)
-    left = hold_open(name, 1)
-    folder = learn(*EVERY_TWO, out="held")
+def test_files_that_are_held_open_once_are_written_at_the_next_save(learn, hold_open, capsys):
+    names = ["learned_embeds.bin", "learned_embeds.safetensors", "preview.png", "state.pt"]
+    left = hold_open([])
+    expected = learn(*EVERY_TWO, steps=8)
+    left += names
+    folder = learn(*EVERY_TWO, steps=8, out="held")
     assert not left
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and name in warnings[0] and "Access is denied" in warnings[0]
-    assert read_state(folder)["step"] == 4
+    assert [sum(name in line for line in warnings) for name in names] == [1, 1, 1, 1]
+    assert read_state(folder)["step"] == 8
     for file in ("learned_embeds.safetensors", "learned_embeds.bin", "log.jsonl"):
         assert (folder / file).read_bytes() == (expected / file).read_bytes()
-    assert not list(folder.glob(".*.tmp"))
     with Image.open(folder / "preview.png") as ours, Image.open(expected / "preview.png") as theirs:
         assert ours.text == theirs.text and ours.tobytes() == theirs.tobytes()
+    assert not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("name", ["state.pt", "learned_embeds.safetensors", "preview.png", "curves.png"])
 def test_a_file_that_stays_open_is_an_error_at_the_end(learn, hold_open, capsys, name):
-    left = hold_open(name, 100)
+    left = hold_open([name] * 100)
     with pytest.raises(mu.UserError, match=f"cannot write .*{name}.*Access is denied.*close what holds it open"):
         learn(*EVERY_TWO)
     assert len(left) < 100 and read_log("run")[-1]["step"] == 4
