@@ -8,14 +8,18 @@ All that is learned is the new token's row (or rows) in the text encoder's token
 to the loop in `train`, then LearnedEmbedding and NoiseSchedule in model_utils.py, and draw_examples in data.py.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # until training begins, also during the imports, Ctrl-C ends the program quietly
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
 import hashlib
 import itertools
 import json
 import math
 import shlex
-import signal
-import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -452,10 +456,11 @@ class Run:
             for name, value in row.items():
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(name, value, self.step)
-        losses = {"loss": row["loss"], "eval_loss": row["eval_loss"], "norm": row["embedding_norm"]}
-        bar.set_postfix(losses, refresh=False)
+        names = ("loss", "eval_loss", "embedding_norm")
+        text = ", ".join(f"{name} {float('nan') if row[name] is None else row[name]:.4f}" for name in names)
+        bar.set_postfix_str(text, refresh=False)
         if bar.disable:
-            print(f"step {self.step}/{self.args.steps}", *(f"{k} {v}" for k, v in losses.items()), file=sys.stderr)
+            print(f"step {self.step}/{self.args.steps}: {text}", file=sys.stderr)
 
     def is_due(self, every):
         return every > 0 and self.step % every == 0
