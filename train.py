@@ -562,16 +562,11 @@ FREE_TO_CHANGE |= {"output_dir", "gradient_checkpointing", "early_stop", "tensor
 FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the images themselves are compared
 NOT_STORED = {"resume", "overwrite", "num_train_epochs", "no_effect"}
 
-# Options of diffusers' script that commands written for it may hold, and that change nothing here.
-NO_EFFECT_FLAGS = [
-    "--center_crop", "--push_to_hub", "--allow_tf32", "--enable_xformers_memory_efficient_attention", "--use_8bit_adam",
-    "--save_as_full_pipeline",
-]  # fmt: skip
-NO_EFFECT = [
-    "--tokenizer_name", "--hub_token", "--hub_model_id", "--logging_dir", "--dataloader_num_workers",
-    "--adam_beta1", "--adam_beta2", "--adam_weight_decay", "--adam_epsilon", "--checkpoints_total_limit",
-    "--validation_epochs", "--local_rank", "--lr_num_cycles",
-]  # fmt: skip
+# Options of diffusers' script that change nothing here: accepted, and named in one line.
+NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf32 --use_8bit_adam --tokenizer_name
+--enable_xformers_memory_efficient_attention --save_as_full_pipeline --logging_dir --dataloader_num_workers --adam_beta1
+--adam_beta2 --adam_weight_decay --adam_epsilon --checkpoints_total_limit --validation_epochs --local_rank
+--lr_num_cycles""".split()
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
@@ -632,10 +627,9 @@ def build_parser():
     add("--num_validation_images", type=COUNT, default=4, **hidden)
     add("--num_train_epochs", type=COUNT, **hidden)
     add("--repeats", type=COUNT, default=100, **hidden)  # of the images in an epoch
-    for option in NO_EFFECT_FLAGS:
-        add(option, action="append_const", const=option, dest="no_effect", **hidden)
     for option in NO_EFFECT:
-        add(option, action="append", type=lambda value, option=option: option, dest="no_effect", **hidden)
+        name = {"const": option, "type": lambda value, option=option: option}  # instead of its value
+        add(option, nargs="?", action="append", dest="no_effect", **name, **hidden)
     # fmt: on
     return parser
 
