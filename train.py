@@ -86,7 +86,7 @@ class Dataset(NamedTuple):
     cache: data.LatentCache  # the images as latents
     template_ids: torch.Tensor  # [T, L], the captions as tokens
     fingerprint: str  # of the images, to recognize them on resume
-    examples: list  # the first four as PIL images
+    examples: list  # the first ones as PIL images, for the previews
 
 
 class Batch(NamedTuple):
@@ -112,7 +112,9 @@ def load_dataset(args, tokenizer, placeholders, device):
         raise UserError(f"--resolution {args.resolution}: this model needs a multiple of {factor} pixels.")
     images = data.load_images(args.images, args.resolution)  # [N, 3, R, R]
     fingerprint = hashlib.sha256(images.numpy()).hexdigest()
-    return Dataset(data.encode_dataset(vae, images), template_ids, fingerprint, mu.to_pil(images[:4]))
+    return Dataset(
+        data.encode_dataset(vae, images), template_ids, fingerprint, mu.to_pil(images[: args.num_validation_images])
+    )
 
 
 def draw_batch(dataset, batch_size, schedule, step, args):
@@ -217,7 +219,7 @@ def with_vae(components, args):
 
 
 def preview(components, run):
-    """Add four images of the token as it is now to preview.png. One that fails is reported and costs no step."""
+    """Add images of the token as it is now to preview.png. A preview that fails is reported and costs no step."""
     args = run.args
     if run.rank > 0:
         return
@@ -475,12 +477,12 @@ class Run:
 
     def add_preview(self, images):
         """Add a row of PIL images to preview.png, below the training images and the earlier rows."""
-        row = sample.image_grid(images, 4, [f"step {self.step}"])
-        steps, rows = [], [sample.image_grid(self.dataset.examples, 4, ["training images"])]
+        row = sample.image_grid(images, len(images), [f"step {self.step}"])
+        steps, rows = [], [sample.image_grid(self.dataset.examples, len(images), ["training images"])]
         with suppress(Exception):  # there is none yet, or it is damaged: begin anew
             with Image.open(self.folder / "preview.png") as sheet:
                 for i, step in enumerate(json.loads(sheet.text["steps"])[1 - PREVIEW_ROWS :], 1):
-                    if step < self.step:  # later ones are from before the resume
+                    if step < self.step and sheet.width == row.width:  # later ones are from before the resume
                         rows.append(sheet.crop((0, i * row.height, row.width, (i + 1) * row.height)))
                         steps.append(step)
         sheet = Image.new("RGB", (row.width, row.height * (len(rows) + 1)), "white")
