@@ -7,11 +7,16 @@ python sample.py --embedding runs/kat --export kat.pt   # for A1111, ComfyUI and
 python sample.py --score                # how well was the token learned?
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # also during the imports Ctrl-C ends the program quietly
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import itertools
 import json
 import math
 import re
-import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path
