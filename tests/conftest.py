@@ -144,7 +144,6 @@ def learn(tiny_model, image_folder, tmp_path, monkeypatch):
 
     def run(*options, steps=4, out="run"):
         argv = ["--model", tiny_model, "--images", image_folder, "--steps", str(steps), "--batch_size", "2"]
-        argv += ["--initializer_token", "cat"]
         argv += ["--preview_steps", "0", "--no-score", "--lr_warmup_steps", "2", *options]
         return train.train(train.parse_options(argv + (["--output_dir", out] if out else []))).absolute()
 
