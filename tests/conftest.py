@@ -57,7 +57,7 @@ def build_tokenizer(size=None, length=PROMPT_LENGTH):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Path of a random model, built in a second: 16 px, latents [4, 8, 8], 32 tokens per prompt, width 32, with clip/."""
+    """Path of a random model: 16 px, latents [4, 8, 8], 32 tokens per prompt, embeddings of width 32, with clip/."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     for word in WORDS:
@@ -186,3 +186,19 @@ def read_state(folder):
 def read_rows(folder):
     """The learned rows [n, dim] of a run, as train.py saved them."""
     return mu.load_embedding(folder).rows
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """before_step(step, action) lets train.py call action() when it draws the batch of this step (or EVAL_SEED)."""
+    draw_batch = train.draw_batch
+
+    def install(step, action=None):
+        def drawing(*args):
+            if args[3] == step:
+                action()
+            return draw_batch(*args)
+
+        monkeypatch.setattr(train, "draw_batch", drawing)
+
+    return install

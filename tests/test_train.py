@@ -21,7 +21,7 @@ import train
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_loss_and_gradient_equal_the_classical_form(tiny_model, prediction_type):
-    """The classical form: the whole table is trained, the gradient of all other rows set to zero; diffusers' noising."""
+    """The classical form: the whole table is trained, with all other rows' gradient set to zero; diffusers' noising."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
     timesteps = torch.tensor([0, 250, 600, 999])
@@ -196,7 +196,7 @@ def test_captions_are_the_templates_of_the_property(learn, tiny_model, monkeypat
 def test_gradients_are_clipped_to_norm_1_after_unscaling(learn, monkeypatch):
     """Also with fp16's scale of 65536. AdamW is nearly blind to the size of gradients: its moments tell."""
     loss = train.inversion_loss
-    monkeypatch.setattr(train, "inversion_loss", lambda *args: 1000 * loss(*args))
+    monkeypatch.setattr(train, "inversion_loss", lambda *args: 50 * loss(*args))
     for dtype in (torch.float32, torch.float16):
         monkeypatch.setattr(mu, "choose_dtype", lambda *_, dtype=dtype: dtype)
         folder = learn(steps=1, out=str(dtype))
@@ -210,24 +210,34 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(learn, monkeypatc
 
     def load_counting(*args):
         unet = load(*args)
-        unet.mid_block.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        unet.mid_block.resnets[1].register_forward_pre_hook(
+            lambda *_: calls.append(1)
+        )  # recomputing ends before a forward hook
         return unet
 
     monkeypatch.setattr(mu, "load_unet", load_counting)
     plain, count = learn(steps=3, out="plain"), len(calls)
-    options = ["--gradient_checkpointing"]
-    assert torch.allclose(read_rows(learn(*options, steps=3, out="saved")), read_rows(plain), rtol=1e-6, atol=0)
-    assert len(calls) - count > count
+    saving = learn("--gradient_checkpointing", steps=3, out="saving")
+    assert len(calls) == 2 * count + 3  # once more in each backward pass
+    torch.testing.assert_close(read_rows(saving), read_rows(plain), rtol=1e-6, atol=0)
 
 
 def test_only_the_steps_run_compiled(learn, monkeypatch):
     """Without gradient (evaluation batch, previews) the UNet would be compiled a second time."""
     calls = []
 
-    def compiled(unet):
-        return lambda *args, **kwargs: calls.append(torch.is_grad_enabled()) or unet(*args, **kwargs)
+    class Compiled:
+        def __init__(self, unet):
+            self.unet = unet
 
-    monkeypatch.setattr(torch, "compile", compiled)
+        def __getattr__(self, name):
+            return getattr(self.unet, name)
+
+        def __call__(self, *args):
+            calls.append(torch.is_grad_enabled())
+            return self.unet(*args)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
     folder = learn("--compile", "--log_steps", "1", "--preview_steps", "2", steps=4)
     assert calls == [True] * 4
     assert torch.equal(read_rows(folder), read_rows(learn(steps=4, out="eager")))
@@ -238,7 +248,7 @@ def test_runs_on_two_threads_are_equal_byte_for_byte(learn):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        runs = [learn("--batch_size", "40", "--log_steps", "1", steps=12, out=f"run{i}") for i in range(3)]
+        runs = [learn("--batch_size", "40", "--log_steps", "1", steps=2, out=f"run{i}") for i in range(3)]
     finally:
         torch.set_num_threads(threads)
     for name in ("learned_embeds.safetensors", "log.jsonl"):
