@@ -139,12 +139,13 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture
 def learn(tiny_model, image_folder, tmp_path, monkeypatch):
-    """learn(*options, steps=4, out="run") runs train.py on the tiny model in an empty folder -> the run's folder."""
+    """learn(*options, steps=4, out="run") trains the tiny model with --recipe fast in an empty folder -> the folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*options, steps=4, out="run"):
-        argv = ["--model", tiny_model, "--images", image_folder, "--steps", str(steps), "--batch_size", "2"]
-        argv += ["--preview_steps", "0", "--no-score", "--lr_warmup_steps", "2", *options]
+        argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--recipe", "fast"]
+        argv += ["--steps", str(steps), "--batch_size", "2", "--lr", "2e-2", "--lr_warmup_steps", "2"]
+        argv += ["--preview_steps", "0", "--no-score", *options]
         return train.train(train.parse_options(argv + (["--output_dir", out] if out else []))).absolute()
 
     return run

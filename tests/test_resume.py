@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(learn, resume, before_step, 
 def test_thirty_kills_change_nothing(tiny_model, image_folder, tmp_path, options):
     """SIGKILL at 30 random moments, each time resumed: the same files as the run that nobody killed."""
     command = [sys.executable, train.__file__, "--model", tiny_model, "--images", image_folder, "--no-score", *options]
-    command += ["--batch_size", "2", "--lr_warmup_steps", "20", "--preview_steps", "500"]
+    command += ["--initializer_token", "cat", "--batch_size", "2", "--lr_warmup_steps", "20", "--preview_steps", "500"]
     names = ["learned_embeds.safetensors", "log.jsonl"] + ["learned_embeds.bin"] * ("--save_bin" in options)
 
     def seconds(*more):
@@ -132,7 +132,8 @@ def test_ctrl_c_loses_nothing_whenever_it_comes(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, function, interrupting)
-    argv = ["--model", tiny_model, "--images", image_folder, "--steps", "9", "--batch_size", "2", "--no-score"]
+    argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--steps", "9"]
+    argv += ["--batch_size", "2", "--no-score"]
     with pytest.raises(SystemExit) as stop:
         train.main([*argv, "--save_steps", "3", "--preview_steps", "2", "--output_dir", "run"])
     assert stop.value.code == 130
@@ -178,12 +179,11 @@ def test_resume_takes_the_newest_run_or_that_of_a_token(learn, refused):
 def test_resume_keeps_every_option(learn, tmp_path, monkeypatch, flag):
     """Each at a value that is not its default, and the flags both ways."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", sys)  # as if it were installed
-    config = {"model": "mini_sd", "learnable_property": "style", "lr": 0.125, "lr_scheduler": "linear"}
-    config |= {"timestep_sampling": "uniform", "device": "cpu", "precision": "bf16"}
+    config = {"model": "mini_sd", "lr": 0.125, "recipe": "notebook"}
     for action in train.build_parser()._actions:
         value = flag if action.nargs == 0 else 7 if action.type else "-dashed words"
-        config.setdefault(action.dest, value)
-    for name in ("help", "resume", "overwrite", "output_dir"):
+        config.setdefault(action.dest, [*action.choices][-1] if action.choices else value)
+    for name in train.NOT_STORED | {"help", "output_dir"}:
         config.pop(name)
     (learn() / "config.json").write_text(json.dumps(config))
     resumed = vars(train.parse_options(["--resume", "--output_dir", "run"]))
@@ -261,8 +261,8 @@ WRONG_ENTRIES = {
     "lr": ["fast", -1, [0.1]], "seed": [-1, 2**64, "x"], "precision": ["fp64", 16],
     "lr_scheduler": ["square", 1], "device": ["tpu"],
     "learnable_property": ["animal"], "timestep_sampling": ["random"], "num_vectors": [0, "all"],
-    "resolution": [0, 3.5], "model": [5, ["a"]], "images": [7], "initializer_token": [["cat"], ""],
-    "placeholder_token": ["", 7],
+    "resolution": [0, 3.5], "model": [5, ["a"]], "images": [7], "initializer_token": [""], "recipe": ["slow"],
+    "placeholder_token": ["", 7, {}, ["<kat>"]],
 }  # fmt: skip
 WRONG_FILES = [
     b"",

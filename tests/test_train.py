@@ -26,7 +26,7 @@ def test_loss_and_gradient_equal_the_classical_form(tiny_model, prediction_type)
     latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
     timesteps = torch.tensor([0, 250, 600, 999])
     tokenizer, unet = mu.load_tokenizer(tiny_model), mu.load_unet(tiny_model, "cpu")
-    init_id = mu.initializer_id(tokenizer, "cat")
+    (init_id,) = mu.initializer_ids(tokenizer, "cat")
     token_ids = mu.add_placeholder(tokenizer, "<kat>")
     ids = mu.tokenize(tokenizer, ["a photo of a <kat>", "<kat> <kat>", "a cat", "the <kat> in"], {"<kat>": token_ids})
 
@@ -85,7 +85,7 @@ def test_timesteps_have_their_distribution_and_are_stratified(sampling, up_to):
 
 
 def test_learning_rate_warms_up_and_decays():
-    args = train.build_parser().parse_args(["--lr", "1", "--lr_warmup_steps", "4", "--steps", "14"])
+    args = train.parse_options(["--lr", "1", "--lr_warmup_steps", "4", "--steps", "14"])
     rates = [train.learning_rate(step, args) for step in range(14)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[9] == pytest.approx(0.5) and 0 < rates[13] < 0.05  # cosine
@@ -263,12 +263,12 @@ def test_each_row_of_the_log_describes_the_run_at_its_step(learn, tiny_model):
     log = read_log(folder)
     assert [row["step"] for row in log] == [2, 4, 6, 8, 10, 12]
     tokenizer, table = mu.load_tokenizer(tiny_model), mu.load_text_encoder(tiny_model, "cpu").get_input_embeddings()
-    row, init_row = read_rows(folder)[0], table.weight[mu.initializer_id(tokenizer, "cat")]
+    row, (init_row,) = read_rows(folder)[0], table.weight[mu.initializer_ids(tokenizer, "cat")]
     assert log[-1]["embedding_norm"] == pytest.approx(row.norm().item(), rel=1e-5)
     assert log[-1]["cosine_to_init"] == pytest.approx(torch.cosine_similarity(row, init_row, dim=0).item(), abs=1e-5)
     assert log[-1]["vocabulary_norm"] == pytest.approx(table.weight.norm(dim=1).median().item(), rel=1e-5)
     assert log[0]["nearest"][0][0] == "cat" and len(log[0]["nearest"][0]) == 3
-    args = train.build_parser().parse_args(["--steps", "12", "--lr", "1e-2", "--lr_warmup_steps", "2"])
+    args = train.parse_options(["--steps", "12", "--lr", "1e-2", "--lr_warmup_steps", "2"])
     assert [row["lr"] for row in log] == [train.learning_rate(row["step"] - 1, args) for row in log]
     for row in log:  # stratified batches of 4 have one timestep in each quarter
         assert row["loss"] == pytest.approx(sum(row["loss_by_timestep"]) / 4, rel=1e-5) and row["grad_norm"] > 0
@@ -296,8 +296,8 @@ def test_the_last_step_is_logged_whatever_log_steps_is(learn):
 def test_without_a_terminal_progress_is_printed_line_by_line(learn, capsys):
     learn("--log_steps", "2")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
-    assert all(word in lines[0] for word in ("loss", "eval_loss", "norm"))
+    assert [line.split()[1] for line in lines] == ["2/4:", "4/4:"]
+    assert all(word in lines[0] for word in ("loss ", "eval_loss ", "embedding_norm "))
 
 
 def test_early_stop_ends_the_run_when_the_loss_has_converged(learn, monkeypatch, capsys):
@@ -367,7 +367,8 @@ def test_rows_that_are_not_finite_are_never_saved(learn, monkeypatch):
 
 
 def test_the_command_runs_from_any_folder(tiny_model, image_folder, tmp_path):
-    argv = ["--model", tiny_model, "--images", image_folder, "--steps", "1", "--preview_steps", "0", "--no-score"]
+    argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--steps", "1"]
+    argv += ["--preview_steps", "0", "--no-score"]
     done = subprocess.run([sys.executable, train.__file__, *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "kat" / "learned_embeds.safetensors").exists()
