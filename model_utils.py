@@ -570,7 +570,8 @@ def tokenize(tokenizer, prompts, placeholders=None):
         cut = body[length - 2 :]
         for i in cut:
             if i in token_of:
-                raise UserError(f"the prompt {prompt!r} is too long: the token {token_of[i]!r} would be cut off.")
+                remedy = "take fewer words or --num_vectors"
+                raise UserError(f"the prompt {prompt!r} is too long, {token_of[i]!r} would be cut off: {remedy}.")
         if cut:
             text = tokenizer.decode(cut)
             print(f"note: a prompt can have {length - 2} tokens; cut off: {text!r}", file=sys.stderr)

@@ -616,7 +616,7 @@ def build_parser():
     add("--initializer_token", help="word (or embedding file) that the new token starts as (default: cat, for the kat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
     add("--num_vectors", type=mu.number(int, 1, mu.MAX_VECTORS), default=1, help="embedding vectors of the token")
-    add("--resolution", type=COUNT, help="size of the training images in pixels (default: the model's own)")
+    add("--resolution", type=mu.number(int, 1, 8192), help="size of the training images (default: the model's own)")
     add = parser.add_argument_group("optimization (defaults by --recipe: notebook / fast)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
     add("--steps", "--max_train_steps", type=COUNT, help="optimizer steps (2000 / 250)")

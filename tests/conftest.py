@@ -57,7 +57,7 @@ def build_tokenizer(size=None, length=PROMPT_LENGTH):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Path of a random model, built in a second: 16 px, latents [4, 8, 8], 32 tokens per prompt, width 32, with clip/."""
+    """Path of a random model: 16 px, latents [4, 8, 8], 32 tokens per prompt, embeddings of width 32, with clip/."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     for word in WORDS:
@@ -139,12 +139,13 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture
 def learn(tiny_model, image_folder, tmp_path, monkeypatch):
-    """learn(*options, steps=4, out="run") runs train.py on the tiny model in an empty folder -> the run's folder."""
+    """learn(*options, steps=4, out="run") trains the tiny model with --recipe fast in an empty folder -> the folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*options, steps=4, out="run"):
-        argv = ["--model", tiny_model, "--images", image_folder, "--steps", str(steps), "--batch_size", "2"]
-        argv += ["--preview_steps", "0", "--no-score", "--lr_warmup_steps", "2", *options]
+        argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--recipe", "fast"]
+        argv += ["--steps", str(steps), "--batch_size", "2", "--lr", "2e-2", "--lr_warmup_steps", "2"]
+        argv += ["--preview_steps", "0", "--no-score", *options]
         return train.train(train.parse_options(argv + (["--output_dir", out] if out else []))).absolute()
 
     return run
@@ -186,3 +187,19 @@ def read_state(folder):
 def read_rows(folder):
     """The learned rows [n, dim] of a run, as train.py saved them."""
     return mu.load_embedding(folder).rows
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """before_step(step, action) lets train.py call action() when it draws the batch of this step (or EVAL_SEED)."""
+    draw_batch = train.draw_batch
+
+    def install(step, action=None):
+        def drawing(*args):
+            if args[3] == step:
+                action()
+            return draw_batch(*args)
+
+        monkeypatch.setattr(train, "draw_batch", drawing)
+
+    return install

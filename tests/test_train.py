@@ -21,12 +21,12 @@ import train
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_loss_and_gradient_equal_the_classical_form(tiny_model, prediction_type):
-    """The classical form: the whole table is trained, the gradient of all other rows set to zero; diffusers' noising."""
+    """The classical form: the whole table is trained, with all other rows' gradient set to zero; diffusers' noising."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
     timesteps = torch.tensor([0, 250, 600, 999])
     tokenizer, unet = mu.load_tokenizer(tiny_model), mu.load_unet(tiny_model, "cpu")
-    init_id = mu.initializer_id(tokenizer, "cat")
+    (init_id,) = mu.initializer_ids(tokenizer, "cat")
     token_ids = mu.add_placeholder(tokenizer, "<kat>")
     ids = mu.tokenize(tokenizer, ["a photo of a <kat>", "<kat> <kat>", "a cat", "the <kat> in"], {"<kat>": token_ids})
 
@@ -85,7 +85,7 @@ def test_timesteps_have_their_distribution_and_are_stratified(sampling, up_to):
 
 
 def test_learning_rate_warms_up_and_decays():
-    args = train.build_parser().parse_args(["--lr", "1", "--lr_warmup_steps", "4", "--steps", "14"])
+    args = train.parse_options(["--lr", "1", "--lr_warmup_steps", "4", "--steps", "14"])
     rates = [train.learning_rate(step, args) for step in range(14)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[9] == pytest.approx(0.5) and 0 < rates[13] < 0.05  # cosine
@@ -196,7 +196,7 @@ def test_captions_are_the_templates_of_the_property(learn, tiny_model, monkeypat
 def test_gradients_are_clipped_to_norm_1_after_unscaling(learn, monkeypatch):
     """Also with fp16's scale of 65536. AdamW is nearly blind to the size of gradients: its moments tell."""
     loss = train.inversion_loss
-    monkeypatch.setattr(train, "inversion_loss", lambda *args: 1000 * loss(*args))
+    monkeypatch.setattr(train, "inversion_loss", lambda *args: 50 * loss(*args))
     for dtype in (torch.float32, torch.float16):
         monkeypatch.setattr(mu, "choose_dtype", lambda *_, dtype=dtype: dtype)
         folder = learn(steps=1, out=str(dtype))
@@ -210,24 +210,34 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(learn, monkeypatc
 
     def load_counting(*args):
         unet = load(*args)
-        unet.mid_block.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        unet.mid_block.resnets[1].register_forward_pre_hook(
+            lambda *_: calls.append(1)
+        )  # recomputing ends before a forward hook
         return unet
 
     monkeypatch.setattr(mu, "load_unet", load_counting)
     plain, count = learn(steps=3, out="plain"), len(calls)
-    options = ["--gradient_checkpointing"]
-    assert torch.allclose(read_rows(learn(*options, steps=3, out="saved")), read_rows(plain), rtol=1e-6, atol=0)
-    assert len(calls) - count > count
+    saving = learn("--gradient_checkpointing", steps=3, out="saving")
+    assert len(calls) == 2 * count + 3  # once more in each backward pass
+    torch.testing.assert_close(read_rows(saving), read_rows(plain), rtol=1e-6, atol=0)
 
 
 def test_only_the_steps_run_compiled(learn, monkeypatch):
     """Without gradient (evaluation batch, previews) the UNet would be compiled a second time."""
     calls = []
 
-    def compiled(unet):
-        return lambda *args, **kwargs: calls.append(torch.is_grad_enabled()) or unet(*args, **kwargs)
+    class Compiled:
+        def __init__(self, unet):
+            self.unet = unet
 
-    monkeypatch.setattr(torch, "compile", compiled)
+        def __getattr__(self, name):
+            return getattr(self.unet, name)
+
+        def __call__(self, *args):
+            calls.append(torch.is_grad_enabled())
+            return self.unet(*args)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
     folder = learn("--compile", "--log_steps", "1", "--preview_steps", "2", steps=4)
     assert calls == [True] * 4
     assert torch.equal(read_rows(folder), read_rows(learn(steps=4, out="eager")))
@@ -238,7 +248,7 @@ def test_runs_on_two_threads_are_equal_byte_for_byte(learn):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        runs = [learn("--batch_size", "40", "--log_steps", "1", steps=12, out=f"run{i}") for i in range(3)]
+        runs = [learn("--batch_size", "40", "--log_steps", "1", steps=2, out=f"run{i}") for i in range(3)]
     finally:
         torch.set_num_threads(threads)
     for name in ("learned_embeds.safetensors", "log.jsonl"):
@@ -253,12 +263,12 @@ def test_each_row_of_the_log_describes_the_run_at_its_step(learn, tiny_model):
     log = read_log(folder)
     assert [row["step"] for row in log] == [2, 4, 6, 8, 10, 12]
     tokenizer, table = mu.load_tokenizer(tiny_model), mu.load_text_encoder(tiny_model, "cpu").get_input_embeddings()
-    row, init_row = read_rows(folder)[0], table.weight[mu.initializer_id(tokenizer, "cat")]
+    row, (init_row,) = read_rows(folder)[0], table.weight[mu.initializer_ids(tokenizer, "cat")]
     assert log[-1]["embedding_norm"] == pytest.approx(row.norm().item(), rel=1e-5)
     assert log[-1]["cosine_to_init"] == pytest.approx(torch.cosine_similarity(row, init_row, dim=0).item(), abs=1e-5)
     assert log[-1]["vocabulary_norm"] == pytest.approx(table.weight.norm(dim=1).median().item(), rel=1e-5)
     assert log[0]["nearest"][0][0] == "cat" and len(log[0]["nearest"][0]) == 3
-    args = train.build_parser().parse_args(["--steps", "12", "--lr", "1e-2", "--lr_warmup_steps", "2"])
+    args = train.parse_options(["--steps", "12", "--lr", "1e-2", "--lr_warmup_steps", "2"])
     assert [row["lr"] for row in log] == [train.learning_rate(row["step"] - 1, args) for row in log]
     for row in log:  # stratified batches of 4 have one timestep in each quarter
         assert row["loss"] == pytest.approx(sum(row["loss_by_timestep"]) / 4, rel=1e-5) and row["grad_norm"] > 0
@@ -286,8 +296,8 @@ def test_the_last_step_is_logged_whatever_log_steps_is(learn):
 def test_without_a_terminal_progress_is_printed_line_by_line(learn, capsys):
     learn("--log_steps", "2")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == ["2/4", "4/4"]
-    assert all(word in lines[0] for word in ("loss", "eval_loss", "norm"))
+    assert [line.split()[1] for line in lines] == ["2/4:", "4/4:"]
+    assert all(word in lines[0] for word in ("loss ", "eval_loss ", "embedding_norm "))
 
 
 def test_early_stop_ends_the_run_when_the_loss_has_converged(learn, monkeypatch, capsys):
@@ -357,7 +367,8 @@ def test_rows_that_are_not_finite_are_never_saved(learn, monkeypatch):
 
 
 def test_the_command_runs_from_any_folder(tiny_model, image_folder, tmp_path):
-    argv = ["--model", tiny_model, "--images", image_folder, "--steps", "1", "--preview_steps", "0", "--no-score"]
+    argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--steps", "1"]
+    argv += ["--preview_steps", "0", "--no-score"]
     done = subprocess.run([sys.executable, train.__file__, *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "kat" / "learned_embeds.safetensors").exists()
