@@ -187,7 +187,7 @@ def noise_images(count, size=(16, 16), seed=0):
 
 
 @pytest.mark.parametrize("crop_size", [{"height": 16, "width": 16}, 16])  # old files: a plain number
-@pytest.mark.parametrize("size", [(16, 16), (64, 64), (9, 9), (40, 24)])
+@pytest.mark.parametrize("size", [(16, 16), (64, 64), (9, 9)])
 def test_clip_embeddings_equal_transformers(tiny_model, tmp_path, size, crop_size):
     folder = shutil.copytree(Path(tiny_model, "clip"), tmp_path / "clip")
     preprocessing = json.loads((folder / "preprocessor_config.json").read_text())
