@@ -417,7 +417,7 @@ def test_score(run_folder, capsys):
         ("--seed -1", "--seed"),
         ("--guidance nan", "--guidance"),
         ("--sampler euler", "--sampler"),
-        ("--num_image 1", "--num_image"),  # no abbreviations
+        ("--num_image 1", "did you mean --num_images"),
         ("--device cpu --precision fp16", "--precision fp16"),
         ("--score --score_model empty", "--score_model empty"),
         ("--score --embedding loose/learned_embeds.safetensors", "--score"),
