@@ -91,8 +91,8 @@ def _square(image, resolution):
     if image.mode[0] in "IF":  # 16 and 32 bit grey: Pillow's convert would clip at 255 where it should scale
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
         # 32 bit files do not say which number is white: the smallest usual one that no pixel exceeds
-        levels = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, pixels.max())
-        white = min(level for level in levels if pixels.max() <= level)
+        levels = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
+        white = min((level for level in levels if pixels.max() <= level), default=pixels.max())
         pixels *= 255 / white
         image = Image.fromarray(pixels.clip(0, 255, out=pixels).round(out=pixels).astype(np.uint8))
     mode = "RGBA" if image.has_transparency_data else "RGB"

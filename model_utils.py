@@ -229,7 +229,7 @@ class Settings:
         """
         value = self.entries.get(name, default)
         if isinstance(kind, list):
-            valid, wanted = value in kind, "one of " + ", ".join(map(str, kind))
+            valid, wanted = value in kind, " or ".join(map(str, kind))
         else:
             types = (int, float) if kind is float else kind
             valid = isinstance(value, types) and isinstance(value, bool) == (kind is bool)
@@ -238,6 +238,16 @@ class Settings:
         if not valid:
             raise UserError(f"{self.path}: '{name}' is {value!r}, not {wanted}; correct it or take another checkpoint.")
         return value
+
+    def numbers(self, name, count, low, high):
+        """The entry `name`, a list of `count` numbers from low to high. UserError if it is anything else."""
+        values = self.get(name, None, list)
+        if len(values) != count or not all(
+            isinstance(value, (int, float)) and low <= value <= high for value in values
+        ):
+            what = f"no list of {count} numbers from {low:g} to {high:g}"
+            raise UserError(f"{self.path}: '{name}' is {what}; correct it or take another checkpoint.")
+        return values
 
 
 def recipe_of(model):
@@ -337,6 +347,8 @@ def _load_part(part_class, part, model, **options):
     _refuse_missing("--model", model)
     if Path(model).exists() and not Path(model, part).is_dir():
         raise UserError(f"--model {model}: {_other_layout(Path(model), part)}")
+    if part != "tokenizer":
+        read_json(_fetch("--model", model, f"{part}/config.json", options["revision"]))  # an error names it
     options |= {"subfolder": part, "local_files_only": huggingface_hub.constants.HF_HUB_OFFLINE}
     try:
         with warnings.catch_warnings(action="ignore"):  # deprecations inside the libraries are not the user's concern
@@ -400,14 +412,17 @@ def vae_factor(vae):
 def native_size(unet_config, vae):
     """(height, width) in pixels of the images a model was trained on: its UNet's `sample_size`, else its VAE's.
 
-    UserError if the entry is neither a number nor two.
+    UserError if the entry is neither one number nor two.
     """
-    factor = vae_factor(vae)
-    size = unet_config.get("sample_size") or (vae.config.sample_size or 512) // factor
+    size, unit, part = unet_config.get("sample_size"), vae_factor(vae), "unet"
+    if size is None:
+        size, unit, part = vae.config.sample_size, 1, "vae"
     height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
-    if not all(isinstance(side, int) and side > 0 for side in (height, width)):
-        raise UserError(f"unet/config.json: 'sample_size' is {size!r}, not a number or two; correct it.")
-    return height * factor, width * factor
+    if not all(type(side) is int and 0 < side <= 10_000 for side in (height, width)):
+        raise UserError(
+            f"{part}/config.json: 'sample_size' is {size!r}, not one or two numbers up to 10000; correct it."
+        )
+    return height * unit, width * unit
 
 
 # --- The noise schedule -----------------------------------------------------------------------------------------------
@@ -454,22 +469,29 @@ class NoiseSchedule:
         return self.alphas_cumprod[timesteps] / (1 - self.alphas_cumprod[timesteps])
 
 
+# What would change the samplers in scheduler_config.json: the default, then other values that make no difference
+SUPPORTED = {
+    **dict.fromkeys(["thresholding", "use_karras_sigmas", "use_exponential_sigmas"], [False, None]),
+    **dict.fromkeys(["use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"], [False, None]),
+    "algorithm_type": ["dpmsolver++", "deis"],  # to diffusers' DPM-Solver++ the second is the first; so below
+    "solver_type": ["midpoint", "logrho", "bh1", "bh2"],
+    "solver_order": [2],
+    "final_sigmas_type": ["zero"],
+    "lambda_min_clipped": [-math.inf],
+    "variance_type": ["fixed_small", None],
+}
+
+
 def load_schedule(model, revision=None):
     """NoiseSchedule of the checkpoint's scheduler_config.json. UserError for what is not written out here."""
     settings = Settings(_fetch("--model", model, "scheduler/scheduler_config.json", revision))
-    unsupported = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresholding", "use_flow_sigmas"}
-    for name in unsupported & settings.entries.keys():
-        settings.get(name, False, [False, None])
-    settings.get("algorithm_type", "dpmsolver++", ["dpmsolver++"])
-    timesteps = settings.get("num_train_timesteps", 1000, int, 1, 100_000)
-    start, end = settings.get("beta_start", 1e-4, float, 0, 1), settings.get("beta_end", 0.02, float, 0, 1)
-    kind = settings.get("beta_schedule", "linear", ["linear", "scaled_linear", "squaredcos_cap_v2"])
-    trained_betas = settings.entries.get("trained_betas")
-    if trained_betas is not None:
-        numbers = settings.get("trained_betas", None, list)
-        if not numbers or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in numbers):
-            raise UserError(f"{settings.path}: 'trained_betas' is no list of numbers from 0 to 1; correct it.")
-        betas = torch.tensor(numbers)
+    for name, values in SUPPORTED.items():
+        settings.get(name, values[0], values)
+    timesteps = settings.get("num_train_timesteps", 1000, int, 2, 10_000)
+    start, end = (settings.get(*entry, float, 1e-6, 0.999) for entry in (("beta_start", 1e-4), ("beta_end", 0.02)))
+    kind = settings.get("beta_schedule", None, ["linear", "scaled_linear", "squaredcos_cap_v2"])
+    if settings.entries.get("trained_betas") is not None:
+        betas = torch.tensor(settings.numbers("trained_betas", timesteps, 1e-6, 0.999))
     elif kind == "linear":
         betas = torch.linspace(start, end, timesteps)
     elif kind == "scaled_linear":  # latent diffusion's own
@@ -481,6 +503,8 @@ def load_schedule(model, revision=None):
     if settings.get("rescale_betas_zero_snr", False, bool):  # Lin et al. 2023, algorithm 1: T is pure noise
         root = alphas_cumprod.sqrt()
         alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    if alphas_cumprod[-2] < 2**-24:  # samplers divide by the steps of its logarithm
+        raise UserError(f"{settings.path}: its betas turn too many timesteps into pure noise; take another checkpoint.")
     prediction_type = settings.get("prediction_type", "epsilon", ["epsilon", "v_prediction"])
     spacing = settings.get("timestep_spacing", None, ["leading", "linspace", "trailing", None])
     return NoiseSchedule(alphas_cumprod, prediction_type, spacing, settings.get("set_alpha_to_one", True, bool))

@@ -256,11 +256,12 @@ def load_clip(model, score_model=None, device="cpu"):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--score_model {name} cannot be loaded: name a CLIP's folder or, online, Hub id.") from error
-    crop = settings.entries.get("crop_size")
-    crop = mu.Settings(settings.path, crop if isinstance(crop, dict) else {"height": crop})  # old files: a plain number
-    mean, std = (settings.get(name, None, list) for name in ("image_mean", "image_std"))
-    return Clip(clip, tokenizer, crop.get("height", None, int, 1, 10_000), mean, std, name)
+        why = mu._reason(error)
+        raise UserError(f"--score_model {name} cannot be loaded ({why}): name a CLIP's folder or Hub id.") from error
+    size = settings.entries.get("crop_size")
+    settings.entries["crop_size"] = size.get("height") if isinstance(size, dict) else size  # old files: a number
+    mean, std = settings.numbers("image_mean", 3, 0, 1), settings.numbers("image_std", 3, 1e-3, 1)
+    return Clip(clip, tokenizer, settings.get("crop_size", None, int, 1, 10_000), mean, std, name)
 
 
 @torch.no_grad()
