@@ -34,16 +34,19 @@ from model_utils import UserError
 # --- The method -------------------------------------------------------------------------------------------------------
 
 
-def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule):
+def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask=None):
     """Denoising loss of each image [B]. Edit this to try another loss.
 
     latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
-    token. Equation 2 of Gal et al. 2022, the mean squared error of DDPM (Ho et al. 2020, equation 14).
+    token; mask [B, 1, h, w], how much each latent pixel counts (all alike without it). Equation 2 of Gal et al. 2022,
+    the mean squared error of DDPM (Ho et al. 2020, equation 14).
     """
     noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample  # [B, 4, h, w]
     target = schedule.target(latents, noise, timesteps)  # the noise itself, or v
-    return (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # [B]
+    error = (noise_pred.float() - target.float()).square()  # [B, 4, h, w]
+    weight = torch.ones_like(error) if mask is None else mask
+    return (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))  # [B]
 
 
 def sample_timesteps(batch_size, num_train_timesteps, generator, sampling):
@@ -80,8 +83,8 @@ MAX_BAD_STEPS = 20  # gradients in a row that are not finite
 
 class Dataset(NamedTuple):
     cache: data.LatentCache  # the images as latents
-    template_ids: torch.Tensor  # [T, L], the captions as tokens
-    fingerprint: str  # of the images, to recognize them on resume
+    token_ids: torch.Tensor  # [N, T, L], T captions of each image as tokens
+    fingerprint: str  # of the images, masks and captions, to recognize them on resume
     examples: list  # the first four as PIL images
 
 
@@ -90,38 +93,45 @@ class Batch(NamedTuple):
     noise: torch.Tensor  # [B, 4, h, w]
     timesteps: torch.Tensor  # [B]
     token_ids: torch.Tensor  # [B, L]
+    mask: torch.Tensor  # [B, 1, h, w]
 
 
 def load_dataset(args, tokenizer, placeholders, device):
     """Encode images and captions once. The VAE is freed again; --resolution is set to the model's own if not given."""
-    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
-    captions = [template.format(args.placeholder_token) for template in templates]
-    template_ids = mu.tokenize(tokenizer, captions, placeholders)
     vae = mu.load_vae(args.model, device, revision=args.revision, variant=args.variant)
     factor = mu.vae_factor(vae)
     args.resolution = args.resolution or min(mu.native_size(mu.read_unet_config(args.model, args.revision), vae))
     if args.resolution % factor:
         raise UserError(f"--resolution {args.resolution}: this model needs a multiple of {factor} pixels.")
-    images = data.load_images(args.images, args.resolution)  # [N, 3, R, R]
-    fingerprint = hashlib.sha256(images.numpy()).hexdigest()
-    return Dataset(data.encode_dataset(vae, images), template_ids, fingerprint, mu.to_pil(images[:4]))
+    images, masks, paths = data.load_training_images(args.images, args.resolution, args.masks)
+    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
+    captions, choices = data.load_captions(paths, args.placeholder_token, templates, args.templates)
+    token_ids = mu.tokenize(tokenizer, captions, placeholders)[choices]  # [N, T, L]
+    fingerprint = hashlib.sha256(images.numpy())
+    if (masks < 1).any():
+        fingerprint.update(masks.numpy())
+    if captions != [template.replace("{}", args.placeholder_token) for template in templates]:
+        fingerprint.update(repr((captions, choices.tolist())).encode())
+    examples = mu.to_pil(images[:4])
+    return Dataset(data.encode_dataset(vae, images, masks), token_ids, fingerprint.hexdigest(), examples)
 
 
 def draw_batch(dataset, batch_size, schedule, step, args):
     """Everything random in a step -> Batch, on the CPU."""
     generator = step_generator(args.seed, step)
-    latents, noise, token_ids = data.draw_examples(dataset.cache, dataset.template_ids, batch_size, generator)
+    latents, noise, token_ids, mask = data.draw_examples(dataset.cache, dataset.token_ids, batch_size, generator)
     timesteps = sample_timesteps(batch_size, schedule.num_train_timesteps, generator, args.timestep_sampling)
-    return Batch(latents, noise, timesteps, token_ids)
+    return Batch(latents, noise, timesteps, token_ids, mask)
 
 
 def batch_loss(components, batch):
     """The loss [B] of a batch, which is moved to the device here."""
     device, dtype = components.unet.device, components.unet.dtype
-    latents, noise, timesteps, token_ids = (mu.to_device(tensor, device) for tensor in batch)
+    latents, noise, timesteps, token_ids, mask = (mu.to_device(tensor, device) for tensor in batch)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         text_embeddings = mu.encode_tokens(components.text_encoder, token_ids)  # [B, L, dim]
-        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, components.schedule).float()
+        schedule = components.schedule
+        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
 
 
 @torch.no_grad()
@@ -304,7 +314,8 @@ class Run:
         else:
             self.clear()
         config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
-        config["images"] = str(Path(args.images).resolve())  # found from any folder
+        for name in ("images", "masks", "templates"):  # found from any folder
+            config[name] = config[name] and str(Path(config[name]).resolve())
         config["model"] = mu.name_of_model(args.model)
         self.write("config.json", json.dumps(config, indent=1, ensure_ascii=False))
         self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log_rows))
@@ -455,7 +466,7 @@ def load_state(folder):
 # What may change when a run is resumed. Anything else would change its course (more --steps stretch a decaying rate).
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
 FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
-FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the images themselves are compared
+FREE_TO_CHANGE |= {"images", "masks", "templates"}  # files may have moved: what they hold is compared
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 COUNT, NATURAL = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
@@ -469,7 +480,11 @@ def build_parser():
     add("--model", "--pretrained_model_name_or_path", default=mu.DEFAULT_MODEL, help="folder or Hub id")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--images", "--train_data_dir", default=concept, help="folder of training images; 3 to 9 are usual")
+    add("--images", "--train_data_dir", default=concept,
+        help="folder of training images, 3 to 9 are usual, or one image; transparent parts do not count. NAME.txt "
+        "beside NAME.jpg holds captions of it, one a line; {} stands for the token, else the token is put in front")
+    add("--masks", help="folder of masks named as the images: what is white counts, what is black not")
+    add("--templates", help="file of captions for all images, one a line; {} stands for the token")
     add("--placeholder_token", default="<kat>", help="the new token")
     add("--initializer_token", default="cat", help="token of the model that the new one starts as a copy of")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
@@ -522,8 +537,8 @@ def parse_options(argv=None):
         raise UserError("--resume continues a run, --overwrite starts it anew: choose one.")
     if args.resume:
         args = resumed_options(args, argv)
-    elif args.output_dir and not args.overwrite:
-        refuse_to_overwrite(args.output_dir)
+    elif args.output_dir:
+        refuse_to_overwrite(args)
     if args.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
@@ -573,8 +588,13 @@ def resumed_options(args, argv):
     return args
 
 
-def refuse_to_overwrite(folder):
-    """UserError if a folder holds a run or files of another program."""
+def refuse_to_overwrite(args):
+    """UserError if --output_dir is among the training images, or holds a run or files of another program."""
+    folder, images = args.output_dir, Path(args.images).resolve()
+    if images in [Path(folder).resolve(), *Path(folder).resolve().parents]:
+        raise UserError(f"--output_dir {folder} is in --images, whose images are trained on: name a folder elsewhere.")
+    if args.overwrite:
+        return
     held = [name for name in RUN_FILES if Path(folder, name).exists()]
     is_run = bool(mu.read_config(folder))
     if not held or (is_run and not {"state.pt", *EMBEDDING_FILES} & set(held)):  # a run that failed before it saved
