@@ -146,17 +146,10 @@ def _to_srgb(image, profile):
     return colours
 
 
-class TrainingImages(NamedTuple):
-    """The images of a folder that can be read, in the order of their names."""
-
-    images: torch.Tensor  # [N, 3, R, R] in [-1, 1], transparent parts white
-    masks: torch.Tensor  # [N, 1, R, R] in [0, 1]: how much each pixel counts, 0 where it is transparent
-    paths: list
-
-
 def load_training_images(folder, resolution, masks_folder=None):
-    """Read a folder of images or one image file, and the masks of the same names if there is a folder of them.
+    """Read a folder of images, or one image -> images [N, 3, R, R] in [-1, 1], masks [N, 1, R, R] in [0, 1], N paths.
 
+    A mask says how much each pixel counts: its alpha, times the mask of the same name if there is a folder of them.
     What cannot be read is named in one line on stderr. UserError if nothing can be read, a mask is missing, or nothing
     of an image counts.
     """
@@ -176,35 +169,34 @@ def load_training_images(folder, resolution, masks_folder=None):
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # [N, 4, R, R]
     images, masks = pixels[:, :3] / 127.5 - 1, pixels[:, 3:] / 255
     if masks_folder:
-        masks *= torch.stack([_read_mask(masks_folder, path.stem, resolution) for path in paths])
+        masks *= _read_masks(masks_folder, paths, resolution)
     for path, mask in zip(paths, masks, strict=True):
         if not mask.any():
-            where = "its mask is all black" if masks_folder else "it is all transparent"
-            raise UserError(f"--images: of the center square of {str(path)!r} nothing counts ({where}); take it out.")
-    if (masks < 1).any():
-        count = sum(mask.min() < 1 for mask in masks)
-        print(f"masks: {count} of {len(masks)} images; their masked or transparent parts do not count", file=sys.stderr)
-    return TrainingImages(images, masks, paths)
+            what = f"all of the center square of {str(path)!r} is transparent or masked"
+            raise UserError(f"--images: {what}, so that nothing of it counts; take it out.")
+    count = sum(mask.min() < 1 for mask in masks)
+    if count:
+        print(f"masks: {count} of {len(masks)} images; what is transparent or masked does not count", file=sys.stderr)
+    return images, masks, paths
 
 
 def load_images(folder, resolution):
-    """The images alone: a tensor [N, 3, resolution, resolution] in [-1, 1]."""
-    return load_training_images(folder, resolution).images
+    """The images alone: [N, 3, resolution, resolution] in [-1, 1]."""
+    return load_training_images(folder, resolution)[0]
 
 
-def _read_mask(folder, stem, resolution):
-    """The mask [1, R, R] in [0, 1] of an image: the alpha of the file of this name, or its grey if it has none."""
-    paths = [path for path in Path(folder).glob("*") if path.stem == stem and _is_image(path)]
-    if not paths:
-        raise UserError(
-            f"--masks: no mask of {stem!r} in {str(folder)!r}; put in an image of this name, white = counts."
-        )
-    try:
-        pixels = read_image(paths[0], resolution)
-    except ValueError as error:
-        raise UserError(f"--masks: {str(paths[0])!r} cannot be read ({error}); give another file.") from error
-    alpha, colours = pixels[..., 3], pixels[..., :3].mean(axis=-1)
-    return torch.from_numpy(alpha if alpha.min() < 255 else colours)[None] / 255
+def _read_masks(folder, paths, resolution):
+    """The masks [N, 1, R, R] in [0, 1] of images: the alpha of the file of this name, or its grey if it has none."""
+    files = {file.stem: file for file in Path(folder).glob("*") if _is_image(file)}
+    masks = []
+    for path in paths:
+        try:
+            pixels = read_image(files.get(path.stem, Path(folder, path.name)), resolution)
+        except ValueError as error:
+            what = f"no mask of {path.name!r} ({error})"
+            raise UserError(f"--masks: {what}; give an image of this name that is white where it counts.") from error
+        masks.append(pixels[..., 3] if pixels[..., 3].min() < 255 else pixels[..., :3].mean(axis=-1))
+    return torch.from_numpy(np.stack(masks)[:, None].astype(np.float32) / 255)
 
 
 def _first(names, count=10):

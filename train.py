@@ -481,10 +481,10 @@ def build_parser():
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
     add("--images", "--train_data_dir", default=concept,
-        help="folder of training images, 3 to 9 are usual, or one image; transparent parts do not count. NAME.txt "
-        "beside NAME.jpg holds captions of it, one a line; {} stands for the token, else the token is put in front")
-    add("--masks", help="folder of masks named as the images: what is white counts, what is black not")
-    add("--templates", help="file of captions for all images, one a line; {} stands for the token")
+        help="folder of training images, 3 to 9 are usual, or one image; transparent parts do not count")
+    add("--masks", help="folder of masks with the names of the images: white parts count, black ones do not")
+    add("--templates", help="file of captions, one a line, with {} for the token (default: built-in ones, or for "
+        "NAME.jpg the lines of NAME.txt beside it, where the token is put in front if there is no {})")
     add("--placeholder_token", default="<kat>", help="the new token")
     add("--initializer_token", default="cat", help="token of the model that the new one starts as a copy of")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
