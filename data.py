@@ -174,9 +174,6 @@ def load_training_images(folder, resolution, masks_folder=None):
         if not mask.any():
             what = f"all of the center square of {str(path)!r} is transparent or masked"
             raise UserError(f"--images: {what}, so that nothing of it counts; take it out.")
-    count = sum(mask.min() < 1 for mask in masks)
-    if count:
-        print(f"masks: {count} of {len(masks)} images; what is transparent or masked does not count", file=sys.stderr)
     return images, masks, paths
 
 
@@ -204,25 +201,24 @@ def _first(names, count=10):
 
 
 def load_captions(paths, token, templates, templates_file=None):
-    """Return captions with the token in them (a list), and choices [N, T]: those of image i are captions[choices[i]].
+    """Return captions (a list), choices [N, T] (image i has captions[j] for each j in choices[i]), and where from.
 
     They are the templates, with the token for {}, or the lines of a file of such. Without the file an image can have
     captions of its own: the lines of NAME.txt beside it. UserError if a file cannot be read or a template has no {}.
     """
+    source = ""
     if templates_file:
-        templates = _read_lines(templates_file, "--templates")
+        templates, source = _read_lines(templates_file, "--templates"), f"captions of {templates_file}"
         if not templates or not all("{}" in line for line in templates):
             raise UserError(f"--templates {templates_file}: every line needs {{}}, which stands for the token.")
-        print(f"captions: the {len(templates)} lines of {templates_file}", file=sys.stderr)
     rows = [templates if templates_file else _own_captions(path, token) or templates for path in paths]
     own = [row for row in rows if row is not templates]
     if own:
-        print(f"captions: NAME.txt of {len(own)} of {len(rows)} images, such as {own[0][0]!r}", file=sys.stderr)
-    captions = list(dict.fromkeys(itertools.chain(*rows)))
-    place = {caption: i for i, caption in enumerate(captions)}
+        source = f"{len(own)} with captions such as {own[0][0]!r}"
+    place = {caption: i for i, caption in enumerate(dict.fromkeys(itertools.chain(*rows)))}
     longest = max(map(len, rows))
-    choices = [[place[row[j % len(row)]] for j in range(longest)] for row in rows]
-    return [caption.replace("{}", token) for caption in captions], torch.tensor(choices)
+    choices = torch.tensor([[place[row[j % len(row)]] for j in range(longest)] for row in rows])  # [N, T]
+    return [caption.replace("{}", token) for caption in place], choices, source
 
 
 def _own_captions(path, token):

@@ -6,6 +6,7 @@ and back; embedding files; a model with its learned tokens.
 """
 
 import argparse
+import difflib
 import gc
 import io
 import json
@@ -25,6 +26,7 @@ import diffusers
 import huggingface_hub
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from PIL import Image
@@ -55,6 +57,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
 
+    def parse_args(self, argv):
+        """Like argparse, with one line for an unknown option."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, 1)
+            self.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; see --help."))
+        return args
+
 
 def number(kind, low, high=math.inf):
     """Type of an argparse option: an int or float from low to high."""
@@ -74,6 +85,11 @@ def run_main(script, argv, memory_advice):
     """Call script(argv). What the user can correct ends in one sentence and exit code 2, Ctrl-C in 130."""
     try:
         script(argv)
+    except OSError as error:  # of the user's files: a folder without permission, a name that is too long
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; check the path and its permissions.", file=sys.stderr)
+        sys.exit(2)
     except (UserError, RuntimeError, MemoryError) as error:
         message = str(error).lower()
         if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
@@ -121,10 +137,51 @@ def choose_dtype(precision, device):
     return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
+def lock_folder(folder):
+    """Keep a folder for this process until it ends. UserError if another process has it. (Not on Windows.)"""
+    with suppress(ImportError):
+        import fcntl
+
+        handle = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # stays open
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--output_dir {folder} is in use by another run: name another folder.") from error
+
+
 def to_device(tensor, device):
     """Copy a CPU tensor to the device, without waiting on CUDA (on MPS such copies can be garbled)."""
     on_cuda = device.type == "cuda"
     return (tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda)
+
+
+def join_processes(device):
+    """Under torchrun, join the other processes of the run -> rank, number of processes; without it 0, 1."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:  # one process speaks
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def leave_processes():
+    """The end of what join_processes began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensor):
+    """Add up a tensor over all processes, in place. UserError if one of them has ended."""
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            reason = "another process of this run has ended"
+            raise UserError(f"{reason} ({_reason(error)}); what was saved is kept: continue with --resume.") from error
+    return tensor
 
 
 def compile_unet(unet):
@@ -169,6 +226,11 @@ class Settings:
         if not valid:
             raise UserError(f"{self.path}: '{name}' is {value!r}, not {wanted}; correct it or take another checkpoint.")
         return value
+
+
+def recipe_of(model):
+    """The training recipe that a model's folder names in model_index.json; that of the notebook if it names none."""
+    return Settings(Path(model, "model_index.json")).get("_recipe", "notebook", ["notebook", "fast"])
 
 
 def sampling_defaults(model):
@@ -414,17 +476,29 @@ def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder
     return token_ids
 
 
-def initializer_id(tokenizer, text, option="--initializer_token"):
-    """The id of the one token that `text` is. UserError with its pieces if it is several, none or unknown."""
+def initializer_ids(tokenizer, text):
+    """The token ids of an initializer, [] if it names an embedding file. UserError if it holds none or unknown ones."""
+    if Path(text).suffix in (".safetensors", ".bin", ".pt"):
+        return []
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    pieces = [tokenizer.convert_ids_to_tokens(i).removesuffix("</w>") for i in token_ids]
-    words = [piece for piece in pieces if len(piece) > 2 and piece.isalpha()]
-    hint = " or ".join(f"{option} {word}" for word in dict.fromkeys(words)) or f"{option} cat"
-    if len(token_ids) != 1:
-        raise UserError(f"{option} {text!r} is {len(token_ids)} tokens {pieces}, not one; possible is: {hint}.")
-    if token_ids[0] in tokenizer.all_special_ids or token_ids[0] in tokenizer.added_tokens_decoder:
-        raise UserError(f"{option} {text!r} is no word that the model knows; choose a common one: {option} cat.")
-    return token_ids[0]
+    if not token_ids or set(token_ids) & set(tokenizer.all_special_ids):
+        raise UserError(f"--initializer_token {text!r} is no word that the model knows; choose one such as cat.")
+    return token_ids
+
+
+def initial_rows(tokenizer, table, text, num_vectors, seed):
+    """The rows [num_vectors, dim] that a token starts with: those of the initializer's tokens or embedding file.
+
+    One vector starts as their mean; several take one each, and begin again with a little noise where there are fewer.
+    """
+    token_ids = initializer_ids(tokenizer, text)
+    rows = table[token_ids].float() if token_ids else load_embedding(text, "<initializer>", table.shape[1]).rows
+    rows = rows.to(table.device)
+    if num_vectors == 1:
+        return rows.mean(dim=0, keepdim=True)
+    noise = torch.randn(num_vectors, table.shape[1], generator=torch.Generator().manual_seed(seed)) * rows.std().cpu()
+    noise[: len(rows)] = 0
+    return rows[torch.arange(num_vectors) % len(rows)] + 0.1 * noise.to(table.device)
 
 
 def tokenize(tokenizer, prompts, placeholders=None):

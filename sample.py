@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -382,7 +383,9 @@ def run(args):
         if "images" not in config:
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
         training_images = mu.to_pil(load_images(config["images"], config["resolution"]))
-        tokens = [config["initializer_token"], next(iter(components.placeholders))]
+        initializer = config.get("initializer_token")
+        is_word = initializer and mu.initializer_ids(components.tokenizer, initializer)  # or an embedding file
+        tokens = [initializer] * bool(is_word) + [next(iter(components.placeholders))]
         clip = load_clip(model, args.score_model, device)
         settings |= {"num_images": args.num_images or 64, "seed": args.seed}
         scores = score_embedding(components, clip, training_images, tokens, learnable_property, **settings)
@@ -404,19 +407,21 @@ def run(args):
     for prompt, seed, image in zip(
         each_prompt, seeds, generate(components, each_prompt, seeds, **settings), strict=True
     ):
-        save_png(image, free_path(out, ""), {"prompt": prompt, "seed": seed, **stored})
+        save_png(image, claim_path(out, ""), {"prompt": prompt, "seed": seed, **stored})
         images.append(image)
     if len(images) > 1:
         grid = image_grid(images, count if len(prompts) > 1 else math.ceil(count**0.5), prompts)
-        save_png(grid, free_path(out, "grid"), {"prompt": prompts, "seed": args.seed, **stored})
+        save_png(grid, claim_path(out, "grid"), {"prompt": prompts, "seed": args.seed, **stored})
     print(f"{len(images)} images in {out}")
 
 
-def free_path(folder, stem):
-    """The next free path in a folder: 0000.png, 0001.png, ..., or with a stem stem.png, stem2.png, ..."""
+def claim_path(folder, stem):
+    """The next free path in a folder, taken at once: 0000.png, 0001.png, ..., or stem.png, stem2.png, ..."""
+    folder.mkdir(parents=True, exist_ok=True)
     for i in itertools.count(0):
-        path = folder / (f"{i:04d}.png" if not stem else f"{stem}{i + 1 if i else ''}.png")
-        if not path.exists():
+        path = folder / (f"{stem}{i + 1 if i else ''}.png" if stem else f"{i:04d}.png")
+        with suppress(FileExistsError):
+            path.touch(exist_ok=False)  # another process that generates here passes over it
             return path
 
 

@@ -268,14 +268,13 @@ def test_without_a_mask_the_loss_is_exactly_the_mean_squared_error():
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_transparency_becomes_a_mask_and_white(tmp_path, suffix, capsys):
+def test_transparency_becomes_a_mask_and_white(tmp_path, suffix):
     write(tmp_path / f"a.{suffix}", half(RED), lossless=True)
     write(tmp_path / f"b.{suffix}", half(RED, BLUE), lossless=True)
     images, masks, _ = data.load_training_images(tmp_path, 16)
     assert masks.shape == (2, 1, 16, 16) and masks[1].min() == 1
     assert masks[0, 0, :, :4].min() == 1 and masks[0, 0, :, 12:].max() == 0
     assert images[0, :, :, 12:].min() == 1
-    assert capsys.readouterr().err.startswith("masks: 1 of 2 images;")
 
 
 @pytest.mark.parametrize("mask", [half((255,) * 3, (0,) * 3).convert("L"), half(BLUE)], ids=["grey", "cut out"])
@@ -326,10 +325,10 @@ def test_masks_have_the_size_of_latents_and_are_mirrored_with_the_images(tiny_mo
 
 
 def captions_of(paths, templates_file=None):
-    """The captions of each image, as a set."""
-    captions, choices = data.load_captions(paths, "<kat>", ["a photo of {}", "a {}"], templates_file)
+    """The captions of each image, as a set, and where they are from."""
+    captions, choices, source = data.load_captions(paths, "<kat>", ["a photo of {}", "a {}"], templates_file)
     assert choices.shape[0] == len(paths)
-    return [{captions[j] for j in row} for row in choices.tolist()]
+    return [{captions[j] for j in row} for row in choices.tolist()], source
 
 
 def test_captions_beside_the_images(tmp_path, capsys):
@@ -341,16 +340,15 @@ def test_captions_beside_the_images(tmp_path, capsys):
     assert data.list_images(tmp_path) == paths and capsys.readouterr().err == ""
     templates = {"a photo of <kat>", "a <kat>"}
     own = [{"a <kat> on a sofa", "<kat> at night"}, {"<kat> in a box"}, {"<kat>, orange cat, sitting"}]
-    assert captions_of(paths) == [*own, templates, templates]
-    assert capsys.readouterr().err == "captions: NAME.txt of 3 of 5 images, such as 'a {} on a sofa'\n"
+    assert captions_of(paths) == ([*own, templates, templates], "3 with captions such as 'a {} on a sofa'")
+    assert captions_of(paths[4:]) == ([templates], "")
 
 
-def test_a_file_of_templates_is_for_all_images(tmp_path, capsys):
+def test_a_file_of_templates_is_for_all_images(tmp_path):
     paths = [write(tmp_path / f"{i}.png") for i in range(2)]
     write(tmp_path / "0.txt", "not this")
     file = write(tmp_path / "my.txt", "\ufeffein Foto von {}\r\n{} на луне\r\n")
-    assert captions_of(paths, str(file)) == [{"ein Foto von <kat>", "<kat> на луне"}] * 2
-    assert capsys.readouterr().err == f"captions: the 2 lines of {file}\n"
+    assert captions_of(paths, file) == ([{"ein Foto von <kat>", "<kat> на луне"}] * 2, f"captions of {file}")
 
 
 @pytest.mark.parametrize("content", [None, "", "a photo of {}\na cat", b"\xff\xfea\0 \0{\0}\0"])
@@ -402,7 +400,19 @@ def learn(tiny_model, tmp_path, monkeypatch):
     runs = itertools.count()
 
     def learn(*options, folder=None):
-        common = ["--model", tiny_model, "--batch_size", "2", "--preview_steps", "0", "--no-score", "--steps", "2"]
+        common = [
+            "--model",
+            tiny_model,
+            "--initializer_token",
+            "cat",
+            "--batch_size",
+            "2",
+            "--preview_steps",
+            "0",
+            "--no-score",
+            "--steps",
+            "2",
+        ]
         folder = folder or str(tmp_path / f"run{next(runs)}")
         run = train.train(train.parse_options([*common, "--images", "images", "--output_dir", folder, *options]))
         return load_file(run / "learned_embeds.safetensors")["<kat>"]
@@ -410,13 +420,19 @@ def learn(tiny_model, tmp_path, monkeypatch):
     return learn
 
 
-def test_a_run_with_masks_learns_something_else_but_with_white_ones_the_same(learn, tmp_path):
+def first_line(capsys):
+    return capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_run_with_masks_learns_something_else_but_with_white_ones_the_same(learn, tmp_path, capsys):
     for i in range(3):
         write(tmp_path / "white" / f"{i}.png", Image.new("L", (5, 5), 255))
         write(tmp_path / "left" / f"{i}.png", half((255,) * 3, (0,) * 3).convert("L"))
     plain = learn()
     assert torch.equal(learn("--masks", "white"), plain)
+    assert "masked" not in capsys.readouterr().out
     assert not torch.equal(learn("--masks", "left"), plain)
+    assert "3 images, 3 of them masked or transparent" in first_line(capsys)
 
 
 def test_a_run_with_captions_learns_something_else(learn, tmp_path, capsys):
@@ -424,7 +440,7 @@ def test_a_run_with_captions_learns_something_else(learn, tmp_path, capsys):
     capsys.readouterr()
     write(tmp_path / "images" / "1.txt", "two red {} at night")
     assert not torch.equal(learn(), plain)
-    assert capsys.readouterr().err.startswith("captions: NAME.txt of 1 of 3 images, such as 'two red {} at night'\n")
+    assert "3 images, 1 with captions such as 'two red {} at night'" in first_line(capsys)
 
 
 @pytest.mark.parametrize("changed", ["caption", "templates", "mask"])
@@ -460,7 +476,7 @@ def test_a_tilde_is_the_home_folder(learn, tmp_path, monkeypatch):
 def test_one_image_file_instead_of_a_folder(learn, tmp_path, capsys):
     write(tmp_path / "images" / "1.txt", "red {}")
     assert learn("--images", "images/1.png").isfinite().all()
-    assert capsys.readouterr().err.startswith("captions: NAME.txt of 1 of 1 images")
+    assert "1 images, 1 with captions such as 'red {}'" in first_line(capsys)
     assert data.load_images(tmp_path / "images" / "1.png", 16).shape == (1, 3, 16, 16)
 
 
