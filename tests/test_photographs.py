@@ -153,8 +153,7 @@ def test_a_colour_profile_of_transparent_palette_and_grey_images(tmp_path, mode)
 def test_grey_profiles(tmp_path, mode):
     linear = np.tile(np.linspace(0.05, 1, 64), (64, 1))
     image = Image.fromarray((65535 * linear).astype(np.uint16) if mode == "I;16" else (255 * linear).astype(np.uint8))
-    profile = icc_profile(b"GRAY", {b"wtpt": xyz_tag(D50), b"kTRC": curve_tag(1)})
-    path = write(tmp_path / "a.png", image.convert(mode), icc_profile=profile)
+    path = write(tmp_path / "a.png", image.convert(mode), icc_profile=GREY_PROFILE)
     assert difference(path, Image.fromarray((255 * srgb_curve(linear)).round().astype(np.uint8))) < 1
 
 
@@ -178,8 +177,11 @@ def test_cmyk_profiles(tmp_path, inks, lab):
     np.testing.assert_allclose(data.read_image(path, 16)[8, 8, :3], lab_to_srgb(*lab), atol=2)
 
 
-@pytest.mark.parametrize("profile", [b"garbage", rgb_profile(*SRGB)[:300], icc_profile(b"CMYK", {})])
-def test_a_damaged_profile_is_ignored_with_a_line(tmp_path, profile, capsys):
+GREY_PROFILE = icc_profile(b"GRAY", {b"wtpt": xyz_tag(D50), b"kTRC": curve_tag(1)})
+
+
+@pytest.mark.parametrize("profile", [b"garbage", rgb_profile(*SRGB)[:300], icc_profile(b"CMYK", {}), GREY_PROFILE])
+def test_a_profile_that_is_damaged_or_of_another_mode_is_ignored_with_a_line(tmp_path, profile, capsys):
     path = write(tmp_path / "a.png", colourful(), icc_profile=profile)
     assert difference(path, colourful()) == 0
     error = capsys.readouterr().err
@@ -284,6 +286,13 @@ def test_masks_of_the_same_names_are_white_or_opaque_where_the_image_counts(tmp_
     images, masks, _ = data.load_training_images(tmp_path / "images", 16, tmp_path / "masks")
     assert masks[0, 0, :, :4].min() == 1 and masks[0, 0, :, 12:].max() == 0
     assert images[0, 0, :, 12:].max() < 0  # still blue
+
+
+def test_what_is_transparent_does_not_count_whatever_the_mask_says(tmp_path):
+    write(tmp_path / "images" / "a.png", half(RED))
+    write(tmp_path / "masks" / "a.png", Image.new("L", (8, 8), 128))
+    _, masks, _ = data.load_training_images(tmp_path / "images", 16, tmp_path / "masks")
+    assert masks[..., :4].unique().tolist() == pytest.approx([128 / 255]) and masks[..., 12:].max() == 0
 
 
 @pytest.mark.parametrize("masks", ["missing", "damaged"])
@@ -459,6 +468,9 @@ def test_resume_goes_on_with_moved_files_and_refuses_changed_ones(learn, tmp_pat
     with pytest.raises(UserError, match="^--images.*not the images"):
         train.train(train.parse_options(resume))
     write(tmp_path / name, contents[0])
+    if option:
+        Path(option[1]).rename("moved")
+        resume += [option[0], "moved"]
     train.train(train.parse_options(resume))
 
 
