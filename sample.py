@@ -5,10 +5,15 @@ python sample.py --embedding runs/kat --embedding runs/pup --prompt "a <kat> and
 python sample.py --score                # how well was the token learned?
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # also during the imports Ctrl-C ends the program quietly
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import itertools
 import json
 import math
-import sys
 import textwrap
 from contextlib import suppress
 from pathlib import Path

@@ -8,14 +8,18 @@ All that is learned is the new token's row (or rows) in the text encoder's token
 to the loop in `train`, then LearnedEmbedding and NoiseSchedule in model_utils.py, and draw_examples in data.py.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # until training begins, also during the imports, Ctrl-C ends the program quietly
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
 import hashlib
 import itertools
 import json
 import math
 import shlex
-import signal
-import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -85,7 +89,7 @@ class Dataset(NamedTuple):
     cache: data.LatentCache  # the images as latents
     token_ids: torch.Tensor  # [N, T, L], T captions of each image as tokens
     fingerprint: str  # of the images, masks and captions, to recognize them on resume
-    examples: list  # the first four as PIL images
+    examples: list  # the first ones as PIL images, for the previews
     summary: str  # of what there is, for the first line of the run
 
 
@@ -119,8 +123,8 @@ def load_dataset(args, tokenizer, placeholders, device):
     if (masks < 1).any():
         fingerprint.update(masks.numpy())
         summary += f", {sum(mask.min() < 1 for mask in masks)} of them masked or transparent in parts"
-    cache = data.encode_dataset(vae, images, masks)
-    return Dataset(cache, token_ids, fingerprint.hexdigest(), mu.to_pil(images[:4]), summary)
+    cache, examples = data.encode_dataset(vae, images, masks), mu.to_pil(images[: args.num_validation_images])
+    return Dataset(cache, token_ids, fingerprint.hexdigest(), examples, summary)
 
 
 def draw_batch(dataset, batch_size, schedule, step, args):
@@ -228,7 +232,7 @@ def with_vae(components, args):
 
 
 def preview(components, run):
-    """Add four images of the token as it is now to preview.png. One that fails is reported and costs no step."""
+    """Add images of the token as it is now to preview.png. A preview that fails is reported and costs no step."""
     args = run.args
     if run.rank > 0:
         return
@@ -468,10 +472,11 @@ class Run:
             for name, value in row.items():
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(name, value, self.step)
-        losses = {"loss": row["loss"], "eval_loss": row["eval_loss"], "norm": row["embedding_norm"]}
-        bar.set_postfix(losses, refresh=False)
+        names = ("loss", "eval_loss", "embedding_norm")
+        text = ", ".join(f"{name} {float('nan') if row[name] is None else row[name]:.4f}" for name in names)
+        bar.set_postfix_str(text, refresh=False)
         if bar.disable:
-            print(f"step {self.step}/{self.args.steps}", *(f"{k} {v}" for k, v in losses.items()), file=sys.stderr)
+            print(f"step {self.step}/{self.args.steps}: {text}", file=sys.stderr)
 
     def is_due(self, every):
         return every > 0 and self.step % every == 0
@@ -486,12 +491,12 @@ class Run:
 
     def add_preview(self, images):
         """Add a row of PIL images to preview.png, below the training images and the earlier rows."""
-        row = sample.image_grid(images, 4, [f"step {self.step}"])
-        steps, rows = [], [sample.image_grid(self.dataset.examples, 4, ["training images"])]
+        row = sample.image_grid(images, len(images), [f"step {self.step}"])
+        steps, rows = [], [sample.image_grid(self.dataset.examples, len(images), ["training images"])]
         with suppress(Exception):  # there is none yet, or it is damaged: begin anew
             with Image.open(self.folder / "preview.png") as sheet:
                 for i, step in enumerate(json.loads(sheet.text["steps"])[1 - PREVIEW_ROWS :], 1):
-                    if step < self.step:  # later ones are from before the resume
+                    if step < self.step and sheet.width == row.width:  # later ones are from before the resume
                         rows.append(sheet.crop((0, i * row.height, row.width, (i + 1) * row.height)))
                         steps.append(step)
         sheet = Image.new("RGB", (row.width, row.height * (len(rows) + 1)), "white")
@@ -573,16 +578,11 @@ FREE_TO_CHANGE |= {"output_dir", "gradient_checkpointing", "early_stop", "tensor
 FREE_TO_CHANGE |= {"images", "masks", "templates"}  # files may have moved: what they hold is compared
 NOT_STORED = {"resume", "overwrite", "num_train_epochs", "no_effect"}
 
-# Options of diffusers' script that commands written for it may hold, and that change nothing here.
-NO_EFFECT_FLAGS = [
-    "--center_crop", "--push_to_hub", "--allow_tf32", "--enable_xformers_memory_efficient_attention", "--use_8bit_adam",
-    "--save_as_full_pipeline",
-]  # fmt: skip
-NO_EFFECT = [
-    "--tokenizer_name", "--hub_token", "--hub_model_id", "--logging_dir", "--dataloader_num_workers",
-    "--adam_beta1", "--adam_beta2", "--adam_weight_decay", "--adam_epsilon", "--checkpoints_total_limit",
-    "--validation_epochs", "--local_rank", "--lr_num_cycles",
-]  # fmt: skip
+# Options of diffusers' script that change nothing here: accepted, and named in one line.
+NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf32 --use_8bit_adam --tokenizer_name
+--enable_xformers_memory_efficient_attention --save_as_full_pipeline --logging_dir --dataloader_num_workers --adam_beta1
+--adam_beta2 --adam_weight_decay --adam_epsilon --checkpoints_total_limit --validation_epochs --local_rank
+--lr_num_cycles""".split()
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
@@ -647,10 +647,9 @@ def build_parser():
     add("--num_validation_images", type=COUNT, default=4, **hidden)
     add("--num_train_epochs", type=COUNT, **hidden)
     add("--repeats", type=COUNT, default=100, **hidden)  # of the images in an epoch
-    for option in NO_EFFECT_FLAGS:
-        add(option, action="append_const", const=option, dest="no_effect", **hidden)
     for option in NO_EFFECT:
-        add(option, action="append", type=lambda value, option=option: option, dest="no_effect", **hidden)
+        name = {"const": option, "type": lambda value, option=option: option}  # instead of its value
+        add(option, nargs="?", action="append", dest="no_effect", **name, **hidden)
     # fmt: on
     return parser
 
