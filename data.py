@@ -109,8 +109,8 @@ def read_image(path, resolution):
     if profile := image.info.get("icc_profile"):
         try:
             square = _to_srgb(square, profile)
-        except Exception:  # nearly anything here too
-            print(f"note: the colour profile of {str(path)!r} is damaged and was ignored", file=sys.stderr)
+        except Exception:  # nearly anything too
+            print(f"note: the colour profile of {str(path)!r} does not fit and was ignored", file=sys.stderr)
     square = square.convert("RGBA")
     on_white = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square)
     on_white.putalpha(square.getchannel("A"))
@@ -161,11 +161,12 @@ def load_training_images(folder, resolution, masks_folder=None):
         except ValueError as error:
             reasons.setdefault(str(error), []).append(repr(path.name))
     failed = sum(map(len, reasons.values()))
-    what = f"{str(folder)!r}, cannot be read: " + ", ".join(f"{_first(n)} ({why})" for why, n in reasons.items())
+    what = ", ".join(f"{_first(names)} ({reason})" for reason, names in reasons.items())
     if not paths:
-        raise UserError(f"--images: all {failed} images in {what}; give other files.")
+        raise UserError(f"--images: no image in {str(folder)!r} can be read: {what}; give other files.")
     if failed:
-        print(f"skipped {failed} of {failed + len(paths)} images in {what}", file=sys.stderr)
+        found = f"skipped {failed} of {failed + len(paths)} images in {str(folder)!r}"
+        print(f"{found}, cannot be read: {what}", file=sys.stderr)
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # [N, 4, R, R]
     images, masks = pixels[:, :3] / 127.5 - 1, pixels[:, 3:] / 255
     if masks_folder:
