@@ -1,97 +1,123 @@
-"""judge.py: tells a difference from chance, and a spoiled method from the untouched one."""
+"""evaluate.py tells a difference from noise, and classifier.py knows the world."""
 
-import json
+import math
 import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import model_utils as mu
+from mini_sd.eval import classifier, evaluate
+from mini_sd.make import world
 
 MINI_SD, ROOT = Path(mu.DEFAULT_MODEL), Path(mu.DEFAULT_MODEL).parent
-sys.path.insert(0, str(MINI_SD))
-
-import judge  # noqa: E402
-import reader  # noqa: E402
-import world  # noqa: E402
 
 
-def rows_of(shift=0.0, seeds=(0, 1), noise=0.01, salt=0):
-    """What a method may have reached: each concept has its level, each run its chance."""
+def rows_of(shift=0.0, seeds=(0, 1), noise=0.01, salt=0, concepts=evaluate.CONCEPTS):
+    """Rows of runs: each concept has its level, each run its noise."""
     rng, rows = random.Random(salt), []
-    for i, concept in enumerate(judge.CONCEPTS):
+    for i, concept in enumerate(evaluate.CONCEPTS):
         for seed in seeds:
-            reached = {column: 0.5 + 0.05 * i + shift + rng.gauss(0, noise) for column in judge.COLUMNS}
-            rows.append({"concept": concept, "seed": seed, "word": reached, "first": dict.fromkeys(judge.COLUMNS, 0.1)})
-    return rows
+            learned = {column: 0.5 + 0.05 * i + shift + rng.gauss(0, noise) for column in evaluate.COLUMNS}
+            initializer = dict.fromkeys(evaluate.COLUMNS, 0.1)
+            rows.append({"concept": concept, "seed": seed, "learned": learned, "initializer": initializer})
+    return [row for row in rows if row["concept"] in concepts]
 
 
-def test_the_same_method_is_equal_and_another_is_not():
-    baseline = rows_of(seeds=(0, 1, 2))
-    assert all(judge.verdict(column, baseline, baseline)[3] == "equal" for column in judge.COLUMNS)
-    other_seeds = [judge.verdict("clip_i", rows_of(salt=salt), baseline)[3] for salt in range(1, 201)]
-    assert other_seeds.count("equal") >= 196
-    for shift, words in ((0.03, ("BETTER", "more")), (-0.03, ("WORSE", "less"))):
-        assert judge.verdict("clip_i", rows_of(shift, salt=7), baseline)[3] == words[0]
-        assert judge.verdict("background", rows_of(shift, salt=7), baseline)[3] == words[1]
-    # a concept that chance moves more counts with its own noise, not with that of the others
-    wild = [row | {"word": {"clip_i": 0.5 + 0.1 * (-1) ** row["seed"]}} for row in baseline if row["concept"] == "mint"]
-    shifted = [row | {"word": {"clip_i": 0.7}} for row in wild if row["seed"] == 0]
-    calm = [row for row in baseline if row["concept"] != "mint"]
-    assert judge.verdict("clip_i", shifted, calm + wild)[3] == "equal"
-    kat = [row for row in rows_of(0.06, salt=7) if row["concept"] == "kat"]
-    assert judge.verdict("clip_i", kat, calm + wild)[3] == "BETTER"
-    # what would be a difference is none where the runs themselves differ as much
-    assert judge.verdict("clip_i", rows_of(0.03, noise=0.06, salt=7), baseline)[3] == "equal"
+def verdict(rows, baseline, column="clip_i"):
+    return evaluate.compare(column, rows, baseline)[3]
 
 
-def test_only_the_concepts_that_were_judged_are_compared():
-    baseline = rows_of(seeds=(0, 1, 2))
-    some = [row for row in rows_of(salt=3, seeds=(0,)) if row["concept"] in ("kat", "mint")]
-    theirs = [row for row in baseline if row["concept"] in ("kat", "mint")]
-    before, difference, error, _ = judge.verdict("looks", some, baseline)
-    assert before == pytest.approx(0.5 + 0.05 * 2.5, abs=0.02)  # the two concepts lie 0.25 apart
+BASE = rows_of(seeds=(0, 1, 2))
+
+
+def test_only_a_difference_beyond_the_noise_gets_a_verdict():
+    assert all(verdict(BASE, BASE, column) == "within noise" for column in evaluate.COLUMNS)
+    same_method = [verdict(rows_of(salt=salt), BASE) for salt in range(1, 201)]
+    assert same_method.count("within noise") >= 196
+    for shift, expected, expected_backgrounds in ((0.03, "better", "more"), (-0.03, "worse", "less")):
+        assert verdict(rows_of(shift, salt=7), BASE) == expected
+        assert verdict(rows_of(shift, salt=7), BASE, "training_backgrounds") == expected_backgrounds
+    assert verdict(rows_of(0.03, noise=0.06, salt=7), BASE) == "within noise"  # these runs themselves vary as much
+
+
+def test_a_concept_counts_with_its_own_noise():
+    others = [row for row in BASE if row["concept"] != "mint"]
+    mint = rows_of(seeds=(0, 1, 2), noise=0.2, concepts=["mint"])
+    assert verdict(rows_of(0.1, seeds=(0,), concepts=["mint"]), others + mint) == "within noise"
+    assert verdict(rows_of(0.06, salt=7, concepts=["kat"]), others + mint) == "better"
+
+
+def test_only_concepts_with_results_on_both_sides_are_compared():
+    both = ["kat", "mint"]
+    ours, theirs = rows_of(salt=3, seeds=(0,), concepts=both), rows_of(seeds=(0, 1, 2), concepts=both)
+    mean, difference, error, _ = evaluate.compare("prompt_accuracy", ours, BASE)
+    assert mean == pytest.approx(0.5 + 0.05 * 2.5, abs=0.02)  # the two concepts lie 0.25 apart
     assert abs(difference) < 0.03
-    assert error == pytest.approx(judge.noise(theirs, "looks") * (1 / 2 + 1 / 6) ** 0.5)
-    assert judge.verdict("looks", some, [row for row in baseline if row["concept"] == "pup"]) is None
-    assert judge.verdict("looks", some, rows_of(seeds=(0,))) is None  # one seed says nothing about chance
+    deviation = evaluate.seed_deviation(evaluate.by_concept(theirs, "prompt_accuracy"))
+    assert error == pytest.approx(deviation * math.sqrt(1 / 2 + 1 / 6))
+    assert verdict(ours, rows_of(seeds=(0, 1, 2), concepts=["pup"])) == ""
+    assert verdict(ours, rows_of(seeds=(0,))) == ""  # one seed says nothing about noise
 
 
-def test_the_table_shows_every_concept(capsys):
+def test_the_table_has_every_concept_and_a_verdict(capsys):
     ours, baseline = rows_of(-0.2, salt=1), rows_of(seeds=(0, 1, 2))
-    for row in ours + baseline:  # a style has no background of its own
+    for row in ours + baseline:
         if row["concept"] in world.STYLE_CONCEPTS:
-            row["word"]["background"] = row["first"]["background"] = None
-    judge.report(ours, baseline)
+            del row["learned"]["training_backgrounds"], row["initializer"]["training_backgrounds"]
+    evaluate.report(ours, baseline)
     table = capsys.readouterr().out
-    assert all(f"{concept} (2 seeds)" in table for concept in judge.CONCEPTS)
-    assert table.splitlines()[-1].split() == ["so", "it", "is", *["WORSE"] * 5, "less"]
-    judge.report(ours, [])
-    assert "there is no baseline" in capsys.readouterr().out
+    assert all(f"{concept} (2 seeds)" in table for concept in evaluate.CONCEPTS)
+    assert table.splitlines()[-1].split() == ["verdict", *["worse"] * 6, "less"]
+    evaluate.report(ours, [])
+    assert "no baseline" in capsys.readouterr().out
 
 
-def test_the_reader_reads_pictures_it_has_not_seen():
+def test_the_classifier_is_right_on_held_out_images():
     images, _, pictures = world.make_set(300, 977)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
-    found = reader.read(reader.load_reader(), images)
-    toned = [p.tone is not None for p in pictures]  # printed in shades of one colour: its own colour cannot be seen
-    right = {
-        q: [a == (getattr(p, q) or "none") for a, p, t in zip(found[q], pictures, toned, strict=True) if not t]
-        for q in found
-    }
-    wanted = {"kind": 0.97, "pattern": 0.93, "background": 0.97, "style": 0.97, "count": 0.97, "colour": 0.85}
-    assert all(sum(right[q]) / len(right[q]) > least for q, least in wanted.items())
+    predictions = classifier.classify(classifier.load_classifier(), images)
+    wanted = {"kind": 0.97, "colour": 0.85, "pattern": 0.93, "accessory": 0.9, "background": 0.97, "style": 0.97}
+    for name, least in {**wanted, "count": 0.97}.items():
+        answers = zip(predictions[name], pictures, strict=True)  # in shades of one colour there is no colour to see
+        correct = [found == getattr(picture, name) for found, picture in answers if not picture.tone]
+        assert sum(correct) / len(correct) > least, name
 
 
-def run_judge(folder, *options):
-    command = [sys.executable, "mini_sd/judge.py", "--out", "judged", *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.mark.parametrize("concept", evaluate.CONCEPTS)
+def test_images_of_the_concept_itself_have_its_attributes(concept):
+    network = classifier.load_classifier()
+    pictures = [replace(world.concept_picture(concept, 100 + i), count=1) for i in range(16)]
+    asked = evaluate.PROMPT_ATTRIBUTES[evaluate.property_of(concept)]
+    edits = [replace(picture, **{name: value}) for name, value in asked for picture in pictures]
+    photos, edits = (classifier.classify(network, [world.draw(p) for p in every]) for every in (pictures, edits))
+    found = evaluate.accuracies(concept, photos, edits)
+    assert found["attribute_accuracy"] > 0.8 and found["prompt_accuracy"] > 0.9
+    assert ("accessory_accuracy" in found) == (concept in world.OBJECT_CONCEPTS)
+    assert found.get("accessory_accuracy", 1) > 0.8
+
+
+def run_options(folder):
+    return ["--concepts", "kat", "--seeds", "0", "--num_images", "8", "--workers", "1", "--out", str(folder)]
+
+
+def test_a_run_is_trained_once_and_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "BASELINE", tmp_path / "baseline.json")
+    evaluate.main([*run_options(tmp_path), "--", "--steps", "2"])
+    table = capsys.readouterr().out
+    assert "kat (1 seed)" in table and "no baseline" in table
+    (path,) = tmp_path.glob("*/kat-0/evaluation.json")
+    learned, written = mu.read_json(path)["learned"], path.stat().st_mtime_ns
+    assert set(learned) == set(evaluate.COLUMNS) - {"gap_closed"} and all(0 <= x <= 1 for x in learned.values())
+    saved = mu.read_json(path.parents[1] / "evaluation.json")
+    saved["rows"] = [saved["rows"][0], saved["rows"][0] | {"seed": 1}]
+    evaluate.write_json(tmp_path / "baseline.json", saved)
+    evaluate.main([*run_options(tmp_path), "--", "--steps", "2"])
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["verdict", *["within", "noise"] * 7]
+    assert path.stat().st_mtime_ns == written
 
 
 @pytest.fixture
@@ -103,48 +129,37 @@ def copy(tmp_path):
     return tmp_path
 
 
-def test_a_run_is_judged_once(copy, monkeypatch, capsys):
-    (copy / "mini_sd" / "baseline.json").unlink(missing_ok=True)
-    options = ["--concepts", "kat", "--seeds", "0", "--drawings", "8", "--workers", "1", "--", "--steps", "2"]
-    table = run_judge(copy, *options)
-    assert "kat (1 seed)" in table and "there is no baseline" in table
-    (first,) = copy.glob("judged/*/kat-0/judged.json")
-    row = json.loads(first.read_text())
-    assert set(row["word"]) == {"clip_i", "clip_t", "looks", "sentence", "background"}
-    assert all(0 <= row["word"][name] <= 1 for name in ("looks", "sentence", "background"))
-    saved = json.loads((first.parents[1] / "judged.json").read_text())
-    before = first.stat().st_mtime_ns
-    # the same as a baseline, and once more with another seed's name: nothing is learned or measured again
-    saved["rows"] = [saved["rows"][0], saved["rows"][0] | {"seed": 1}]
-    (copy / "mini_sd" / "baseline.json").write_text(json.dumps(saved))
-    monkeypatch.chdir(copy)
-    monkeypatch.setattr(judge, "HERE", copy / "mini_sd")
-    monkeypatch.setattr(sys, "argv", ["judge.py", "--out", "judged", *options])
-    judge.main()
-    last = capsys.readouterr().out.splitlines()[-2].split()
-    assert last == ["so", "it", "is", *["equal"] * 6] and first.stat().st_mtime_ns == before
-    # another train.py is another method: it would be learned again
-    (copy / "train.py").write_text("raise SystemExit('called')")
-    with pytest.raises(SystemExit, match="train.py failed on kat, seed 0:\ncalled"):
-        judge.main()
+def test_other_code_another_model_or_option_is_another_method(copy, monkeypatch):
+    monkeypatch.setattr(evaluate, "MODEL", copy / "mini_sd")
+    methods = [evaluate.method_fingerprint(*arguments) for arguments in (([], 48), ([], 48), (["--lr", "1"], 48))]
+    for name in ("train.py", "mini_sd/unet/config.json"):
+        with (copy / name).open("a") as file:
+            file.write("\n")
+        methods.append(evaluate.method_fingerprint([], 48))
+    assert methods[0] == methods[1] and len(set(methods)) == 4
 
 
-@pytest.mark.parametrize("option", ["--model", "--model=elsewhere", "--seed"])
-def test_what_the_judge_says_itself_is_refused(option, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["judge.py", "--quick", "--", "--lr", "1e-2", option, "1"])
+@pytest.mark.parametrize(
+    "option", ["--model", "--pretrained_model_name_or_path", "--seed", "--out", "--train_data_dir"]
+)
+def test_options_that_evaluate_sets_are_refused_under_every_name(option, capsys):
     with pytest.raises(SystemExit) as stop:
-        judge.main()
-    assert stop.value.code == 2 and f"{option.split('=')[0]}: that is for the judge" in capsys.readouterr().err
+        evaluate.main(["--quick", "--", "--lr", "1e-2", f"{option}=1"])
+    assert stop.value.code == 2 and "evaluate sets that itself" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_spoiled_loss_is_judged_worse_and_the_untouched_equal(copy):
-    table = run_judge(copy, "--quick", "--seeds", "7")
-    assert "WORSE" not in table and "BETTER" not in table and "equal" in table
+def test_a_spoiled_loss_is_worse_and_the_unchanged_one_within_noise(copy):
+    def evaluated(*options):
+        command = [sys.executable, "-m", "mini_sd.eval.evaluate", "--quick", *options]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.splitlines()[-2]
+
+    verdicts = evaluated("--seeds", "7")
+    assert "within noise" in verdicts and "worse" not in verdicts and "better" not in verdicts
     source = (copy / "train.py").read_text()
-    target = "    target = schedule.target(latents, noise, timesteps)"
+    target = "schedule.target(latents, noise, timesteps)"
     assert source.count(target) == 1
-    (copy / "train.py").write_text(
-        source.replace(target, "    target = schedule.target(latents, noise / 2, timesteps)")
-    )
-    assert run_judge(copy, "--quick").splitlines()[-2].split()[3] == "WORSE"  # in CLIP-I
+    (copy / "train.py").write_text(source.replace(target, "schedule.target(latents, noise / 2, timesteps)"))
+    assert evaluated().split()[1] == "worse"  # in CLIP-I

@@ -1,277 +1,336 @@
-"""Is this train.py better? It learns the concepts of mini_sd with several seeds, and what it learns is measured.
+"""Does a change of train.py help? Train on the concepts of mini_sd with several seeds and measure what was learned.
 
-    python mini_sd/judge.py --quick             # three concepts, one seed: a first impression
-    python mini_sd/judge.py                     # all six, two seeds each
-    python mini_sd/judge.py -- --lr 1e-2        # options of train.py after --
+    python -m mini_sd.eval.evaluate --quick         # three concepts, one seed: a first impression
+    python -m mini_sd.eval.evaluate                 # all six concepts, two seeds each
+    python -m mini_sd.eval.evaluate -- --lr 1e-2    # options after -- are train.py's
 
-A line a concept, the mean with its standard error, and below it the untouched method (`baseline.json`) with the
-difference and whether that is more than chance. Runs that are there already, of the very same code, model and options,
-are not learned again. The columns:
+Prints one line for each concept (in brackets the initializer token), the mean with its standard error, and the
+comparison with the baseline, the unchanged train.py (baseline.json). Finished runs are used again as long as code,
+model and options are the same. The columns:
 
-    clip_i, clip_t   CLIP-I and CLIP-T as in sample.py --score (in brackets: of the word that it began as)
-    closed           how far CLIP-I came from the first word's to that of fresh pictures of the thing, which only the
-                     world can draw
-    looks            of "a photo of a <word>", the share that shows its kind, colour and pattern (of a style: the
-                     style; of blueprint also white on blue)
-    sentence         of the editing sentences, the share that shows what the sentence asks for (background, two, ...)
-    background       of "a photo of a <word>", the share with a background of the training pictures: much more than for
-                     the first word means that it was learned too (objects only)
+    CLIP-I, CLIP-T   as in sample.py --score
+    gap closed       CLIP-I on a scale from the initializer token (0) to held-out images of the concept (1)
+    attributes       of "a photo of a <token>", the fraction with the kind, colour and pattern of the concept (of a
+                     style: in that style; of blueprint also white and on blue), the mean of these
+    accessory        of "a photo of a <token>", the fraction with the accessory of the concept (objects only)
+    prompts          of the editing prompts, the fraction that shows what the prompt asks for (background, two, ...)
+    backgrounds      of "a photo of a <token>", the fraction with the background of a training image: much more than for
+                     the initializer token means that the backgrounds were learned too (objects only)
 
-"told in words": what the frozen model draws when it is told all that can be said of the four objects ("orange cat with
-purple stripes and a blue crown"): what it can draw, and at what cost of CLIP-T, if nothing has to be learned.
-
-The last three columns are read off the drawings by `reader.py`.
+"full-text prompt": what the frozen model generates when the four objects are described in words ("orange cat with
+purple stripes and a blue crown"), without learning. The last four columns come from classifier.py.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
-import subprocess
+import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # so that `python mini_sd/judge.py` finds the scripts
-sys.path.insert(0, str(HERE))
+import model_utils as mu
+import sample
+import train
+from data import load_images
+from mini_sd.eval import classifier
+from mini_sd.make import world
 
-import reader  # noqa: E402
-import world  # noqa: E402
-
-import model_utils as mu  # noqa: E402
-import sample  # noqa: E402
-from data import load_images  # noqa: E402
-
+MODEL = Path(mu.DEFAULT_MODEL)
+BASELINE = Path(__file__).resolve().with_name("baseline.json")
 CONCEPTS = [*world.OBJECT_CONCEPTS, *world.STYLE_CONCEPTS]
-COLUMNS = ["clip_i", "clip_t", "closed", "looks", "sentence", "background"]
-OWN_OPTIONS = {"--model", "--images", "--placeholder_token", "--seed", "--output_dir", "--resume"}  # not after --
-LOOKS = {"blueprint": ["style", "colour", "background"], "mint": ["style"]}  # what makes them what they are
-ASKED = {  # what the reader should find in a drawing of each editing sentence
+COLUMNS = {  # and their headings
+    "clip_i": "CLIP-I", "clip_t": "CLIP-T", "gap_closed": "gap closed", "attribute_accuracy": "attributes",
+    "accessory_accuracy": "accessory", "prompt_accuracy": "prompts", "training_backgrounds": "backgrounds",
+}  # fmt: skip
+FIXED_OPTIONS = ["model", "images", "placeholder_token", "seed", "output_dir", "resume"]  # not after --
+STYLE_ATTRIBUTES = {"blueprint": ["style", "colour", "background"], "mint": ["style"]}
+PROMPT_ATTRIBUTES = {  # what each of sample.EDITING_PROMPTS asks for
     "object": [("count", 2), ("style", "drawing"), ("style", "pixel art"), ("background", "red")]
     + [("background", name) for name in ("green", "night", "beach", "moon")],
     "style": [("kind", name) for name in ("cat", "dog", "bird", "fish", "house", "car", "boat")] + [("count", 2)],
 }
 
 
-def kind_of(concept):
+def property_of(concept):
     return "style" if concept in world.STYLE_CONCEPTS else "object"
 
 
-def share(answers, wanted):
-    return sum(answer in wanted for answer in answers) / len(answers)
-
-
-def measure(folder, drawings, with_first_word):
-    """Draw with the word that the run in `folder` has learned, and say how good it is: {column: number}."""
-    config = json.loads((folder / "config.json").read_text())
-    concept, kind = config["placeholder_token"].strip("<>"), config["learnable_property"]
-    parts, clip = sample.load_parts(mu.DEFAULT_MODEL, {str(folder): None}), sample.load_clip(mu.DEFAULT_MODEL)
-    training_images = mu.to_pil(load_images(config["images"], config["resolution"])[0])
-    known, _ = sample.embed(clip, training_images, ["a"])
-    fresh, _ = sample.embed(clip, [world.draw(world.concept_picture(concept, 100 + i)) for i in range(64)], ["a"])
-    read, truth = reader.load_reader(), world.concept_picture(concept, 0)
-    own_backgrounds = {world.concept_picture(concept, i).background for i in range(len(training_images))}
-    accepted = {
-        question: {getattr(truth, question)} for question in ("kind", "colour", "pattern", "style", "background")
-    }
-    accepted["colour"] |= {truth.second} if truth.pattern != "plain" else set()  # of stripes either may seem to be it
-    seen = {}
-
-    def look(word, images):
-        photos, edits = reader.read(read, images[:drawings]), reader.read(read, images[drawings:])
-        each = len(edits["kind"]) // len(ASKED[kind])
-        looks = LOOKS.get(concept, ["kind", "colour", "pattern"])
-        asked = [edits[q][i * each : (i + 1) * each] for i, (q, _) in enumerate(ASKED[kind])]
-        seen[word] = {
-            "looks": mean([share(photos[q], accepted[q]) for q in looks]),
-            "sentence": sum(share(a, {w}) for a, (_, w) in zip(asked, ASKED[kind], strict=True)) / len(asked),
-            "background": share(photos["background"], own_backgrounds) if kind == "object" else None,
-        }
-
-    words = {"word": config["placeholder_token"]}
-    if with_first_word:
-        words["first"] = config["initializer_token"]
-    if with_first_word and kind == "object":
-        phrase = world.noun_phrase(replace(truth, background="white"), random.Random(0), keep=1.0)
-        words["told"] = phrase.removesuffix(" on a white background")
-    how = sample.sampling_defaults(HERE) | {"batch_size": 32, "progress": False}
-    scores = sample.score_embedding(parts, clip, training_images, [*words.values()], kind, drawings, look=look, **how)[
-        "words"
-    ]
-    row = {"concept": concept, "seed": config["seed"], "drawings": drawings, "fresh": (fresh @ known.T).mean().item()}
-    for key, word in words.items():
-        row[key] = {name: scores[word][name]["mean"] for name in ("clip_i", "clip_t")} | seen[word]
-    return row
-
-
-def learn_and_measure(concept, seed, folder, args, with_first_word, threads):
-    """One run of train.py and its measurement, each in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    if not (folder / "curves.png").exists():  # what train.py writes last
-        command = [sys.executable, str(HERE.parent / "train.py"), "--images", str(HERE / "concepts" / concept)]
-        command += ["--placeholder_token", f"<{concept}>", "--initializer_token", world.INITIALIZERS[concept]]
-        command += ["--learnable_property", kind_of(concept), "--seed", str(seed), "--preview_steps", "0"]
-        command += ["--no-score", "--output_dir", str(folder), "--overwrite", *args.options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"train.py failed on {concept}, seed {seed}:\n{done.stderr[-2000:]}")
-    row = mu.read_json(folder / "judged.json")
-    if not row or with_first_word > ("first" in row):
-        command = [sys.executable, __file__, "--measure", str(folder), "--drawings", str(args.drawings)]
-        subprocess.run([*command, *["--with_first_word"] * with_first_word], env=environment, check=True)
-        row = mu.read_json(folder / "judged.json")
-    return row
-
-
-def compare_with_first_words(rows, firsts):
-    """What does not depend on the learning is measured once a concept: give it to all rows, and the share closed."""
-    firsts = firsts | {row["concept"]: row["first"] for row in rows if "first" in row}
-    for row in rows:
-        first = row["first"] = firsts[row["concept"]]
-        for words in (row[key] for key in ("first", "told", "word") if key in row):
-            words["closed"] = (words["clip_i"] - first["clip_i"]) / (row["fresh"] - first["clip_i"])
-
-
-def values(rows, column, concept=None):
-    chosen = [r["word"][column] for r in rows if concept in (None, r["concept"])]
-    return [value for value in chosen if value is not None]
-
-
 def mean(numbers):
-    return sum(numbers) / len(numbers) if numbers else float("nan")
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def noise(rows, column):
-    """The standard deviation between the seeds of one concept, pooled over the concepts; None without two seeds."""
-    groups = [values(rows, column, concept) for concept in sorted({r["concept"] for r in rows})]
-    freedom = sum(len(group) - 1 for group in groups if group)
-    return math.sqrt(sum((x - mean(g)) ** 2 for g in groups for x in g) / freedom) if freedom > 0 else None
+# --- One run ----------------------------------------------------------------------------------------------------------
 
 
-def verdict(column, rows, baseline):
-    """(mean of the baseline, difference to it, its standard error, what to think of it), over the concepts of both.
+def accuracies(concept, photos, edits):
+    """{column: fraction} from the classes of the images of PHOTO_PROMPT and, in their order, of the editing prompts."""
+    target, asked = world.concept_picture(concept, 0), PROMPT_ATTRIBUTES[property_of(concept)]
+    accepted = {name: {getattr(target, name)} for name in classifier.CLASSES}
+    if target.pattern != "plain":  # either of its two colours may be taken for the thing's own
+        accepted["colour"].add(target.second)
+    attributes = STYLE_ATTRIBUTES.get(concept, ["kind", "colour", "pattern"])
+    followed, each = [], len(edits["kind"]) // len(asked)
+    for i, (name, value) in enumerate(asked):
+        followed += [found == value for found in edits[name][i * each : (i + 1) * each]]
+    found = {"attribute_accuracy": mean([value in accepted[name] for name in attributes for value in photos[name]])}
+    found["prompt_accuracy"] = mean(followed)
+    if concept in world.OBJECT_CONCEPTS:
+        worn = [name for name in ("accessory", "accessory_colour") if name in classifier.CLASSES]
+        wanted, seen = tuple(getattr(target, name) for name in worn), zip(*(photos[name] for name in worn), strict=True)
+        found["accessory_accuracy"] = mean([values == wanted for values in seen])
+        backgrounds = {world.concept_picture(concept, i).background for i in range(5)}
+        found["training_backgrounds"] = mean([background in backgrounds for background in photos["background"]])
+    return found
 
-    None where there is nothing to compare with. The spread is that between seeds: of these runs where they have two
-    seeds each, of the baseline's, or of the baseline's alone.
+
+def measure(folder, num_images, with_references):
+    """Generate with the token of the run in `folder` -> its row of the results.
+
+    with_references: also measure the initializer token and the full-text prompt, which do not depend on training.
     """
-    has = lambda rows: {r["concept"] for r in rows if r["word"][column] is not None}  # noqa: E731
-    common = sorted(has(rows) & has(baseline))
-    judged, saved = ([r for r in x if r["concept"] in common] for x in (rows, baseline))
-    base = noise(saved, column)  # of these concepts alone: some depend more on chance than others
-    if not common or base is None:
-        return None
-    ours, theirs = ([values(x, column, concept) for concept in common] for x in (judged, saved))
-    before = mean([mean(group) for group in theirs])
-    difference = mean([mean(group) for group in ours]) - before
-    own = max(base, noise(judged, column) or 0)
-    error = math.sqrt(sum(own**2 / len(g) for g in ours) + sum(base**2 / len(g) for g in theirs)) / len(common)
-    if abs(difference) <= 3.5 * error:  # so many, for six columns are judged and the noise is only an estimate itself
-        return before, difference, error, "equal"
-    if column == "background":  # fewer can also mean that no background at all is drawn
-        return before, difference, error, "more" if difference > 0 else "less"
-    return before, difference, error, "BETTER" if difference > 0 else "WORSE"
+    config = mu.read_config(folder)
+    concept, learnable_property = config["placeholder_token"].strip("<>"), config["learnable_property"]
+    components = mu.load_components(MODEL, embeddings={str(folder): None})
+    clip, network, found = sample.load_clip(MODEL), classifier.load_classifier(), {}
+    training_images = mu.to_pil(load_images(config["images"], config["resolution"]))
+    held_out_images = [world.draw(world.concept_picture(concept, 100 + i)) for i in range(64)]
+    (training, _), (held_out, _) = (sample.embed(clip, images, [""]) for images in (training_images, held_out_images))
+    tokens = {"learned": config["placeholder_token"]}
+    if with_references:
+        tokens["initializer"] = config["initializer_token"]
+    if with_references and learnable_property == "object":
+        picture = replace(world.concept_picture(concept, 0), background="white")
+        full_text = world.noun_phrase(picture, random.Random(0), keep=1.0)
+        tokens["full_text"] = full_text.removesuffix(" on a white background")
+
+    def classify(token, images):
+        photos, edits = images[:num_images], images[num_images:]
+        found[token] = accuracies(concept, classifier.classify(network, photos), classifier.classify(network, edits))
+
+    options = mu.sampling_defaults(MODEL) | {"batch_size": 32, "progress": False, "callback": classify}
+    what = (training_images, [*tokens.values()], learnable_property, num_images)
+    scores = sample.score_embedding(components, clip, *what, **options)["tokens"]
+    row = {"concept": concept, "seed": config["seed"], "held_out": (held_out @ training.T).mean().item()}
+    for name, token in tokens.items():
+        row[name] = {score: scores[token][score]["mean"] for score in ("clip_i", "clip_t")} | found[token]
+    return row
+
+
+def train_and_measure(concept, seed, folder, options, num_images, with_references):
+    """Train on a concept unless that is done, measure, and write the row -> row. Runs in a worker process."""
+    try:
+        if not (folder / "evaluation.json").exists():
+            fixed = ["--images", MODEL / "concepts" / concept, "--placeholder_token", f"<{concept}>", "--seed", seed]
+            fixed += ["--learnable_property", property_of(concept), "--initializer_token", world.INITIALIZERS[concept]]
+            fixed += ["--preview_steps", 0, "--no-score", "--output_dir", folder, "--overwrite"]
+            with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+                train.train(train.parse_options([*map(str, fixed), *options]))
+        row = measure(folder, num_images, with_references)
+    except Exception as error:
+        error.add_note(f"while training on {concept} with seed {seed} in {folder}")
+        raise
+    write_json(folder / "evaluation.json", row)
+    return row
+
+
+def write_json(path, content):
+    mu.atomic_write(path, lambda buffer: buffer.write(json.dumps(content, indent=1).encode()))
+
+
+# --- Comparison -------------------------------------------------------------------------------------------------------
+
+
+def add_gap_closed(rows, initializers):
+    """Give each row the scores of its concept's initializer token, and all scores of a row the gap closed."""
+    initializers = initializers | {row["concept"]: row["initializer"] for row in rows if "initializer" in row}
+    for row in rows:
+        row["initializer"] = initializers[row["concept"]]
+        start = row["initializer"]["clip_i"]
+        for name in {"initializer", "full_text", "learned"} & row.keys():
+            row[name]["gap_closed"] = (row[name]["clip_i"] - start) / (row["held_out"] - start)
+
+
+def by_concept(rows, column, name="learned"):
+    """{concept: values of its runs} of a column; without the concepts that have none."""
+    found = {concept: [] for concept in CONCEPTS}
+    for row in rows:
+        found[row["concept"]] += [row[name][column]] if column in row.get(name, {}) else []
+    return {concept: values for concept, values in found.items() if values}
+
+
+def mean_of_concepts(values):
+    return mean([mean(group) for group in values.values()])
+
+
+def seed_deviation(values):
+    """Standard deviation between the seeds of a concept, pooled over the concepts; NaN if none has two seeds."""
+    degrees_of_freedom = sum(len(group) - 1 for group in values.values())
+    squares = sum((value - mean(group)) ** 2 for group in values.values() for value in group)
+    return math.sqrt(squares / degrees_of_freedom) if degrees_of_freedom else math.nan
+
+
+def standard_error(values, deviation):
+    """Of mean_of_concepts, if the seeds of a concept have this standard deviation."""
+    return deviation * math.sqrt(sum(1 / len(group) for group in values.values())) / max(1, len(values))
+
+
+def compare(column, rows, baseline):
+    """(mean of the baseline, difference from it, its standard error, verdict) over the concepts that both have.
+
+    The error comes from the deviation between seeds: the baseline's, or that of these runs if it is larger. NaN and ""
+    if there is nothing to compare with.
+    """
+    ours, theirs = by_concept(rows, column), by_concept(baseline, column)
+    theirs = {concept: theirs[concept] for concept in ours if concept in theirs}  # some concepts vary more than others
+    ours = {concept: ours[concept] for concept in theirs}
+    base_deviation, deviation = seed_deviation(theirs), seed_deviation(ours)
+    deviation = base_deviation if math.isnan(deviation) else max(base_deviation, deviation)
+    difference = mean_of_concepts(ours) - mean_of_concepts(theirs)
+    error = math.hypot(standard_error(ours, deviation), standard_error(theirs, base_deviation))
+    if math.isnan(error):
+        verdict = ""
+    elif abs(difference) <= 3.5 * error:  # not 2: seven columns are compared, and the error is itself an estimate
+        verdict = "within noise"
+    elif column == "training_backgrounds":  # neither is better: fewer can also mean that there is no background at all
+        verdict = "more" if difference > 0 else "less"
+    else:
+        verdict = "better" if difference > 0 else "worse"
+    return mean_of_concepts(theirs), difference, error, verdict
 
 
 def report(rows, baseline):
     """Print the table."""
-    text = lambda number, form=".3f": "" if number is None or math.isnan(number) else format(number, form)  # noqa: E731
-    line = lambda name, cells: print(f"{name:20}" + "".join(f"{cell:>16}" for cell in cells))  # noqa: E731
-    line("", COLUMNS)
-    for concept in [c for c in CONCEPTS if c in {r["concept"] for r in rows}]:
-        own = [r for r in rows if r["concept"] == concept]
-        cells = [(mean(values(own, c)), own[0]["first"][c]) for c in COLUMNS]
-        name = f"{concept} ({len(own)} seed{'s' * (len(own) > 1)})"
-        line(name, [f"{text(after)} ({text(before)})" if text(after) else "" for after, before in cells])
-    told = [r for r in rows + baseline if "told" in r and r["concept"] in {row["concept"] for row in rows}]
-    told = {r["concept"]: r["told"] for r in told}  # one each: no learning, no chance
-    line("told in words", [text(mean([t[c] for t in told.values()])) for c in COLUMNS])
-    line("mean", [text(mean(values(rows, c))) for c in COLUMNS])
-    saved = [r for r in baseline if r["concept"] in {row["concept"] for row in rows}]
-    spread = {c: noise(rows, c) or noise(saved, c) for c in COLUMNS}
-    line("standard error", [text(s and s / math.sqrt(len(values(rows, c)))) for c, s in spread.items()])
-    found = [verdict(c, rows, baseline) for c in COLUMNS]
-    if not any(found):
-        print("there is no baseline for these concepts: make one of the untouched method with --save_baseline")
+
+    def number(value, form=".3f"):
+        return "" if math.isnan(value) else format(value, form)
+
+    def print_line(name, cells):
+        print(f"{name:18}" + "".join(f"{cell:>15}" for cell in cells))
+
+    print_line("", COLUMNS.values())
+    for concept, values in by_concept(rows, "clip_i").items():
+        cells = []
+        for column in COLUMNS:
+            columns = (by_concept(rows, column, name) for name in ("learned", "initializer"))
+            after, before = (number(mean(column.get(concept, []))) for column in columns)
+            cells.append(f"{after} ({before})".replace(" ()", ""))
+        print_line(f"{concept} ({len(values)} seed{'s' * (len(values) > 1)})", cells)
+    concepts = {row["concept"] for row in rows}
+    baseline = [row for row in baseline if row["concept"] in concepts]
+    learned = [by_concept(rows, column) for column in COLUMNS]
+    full_text = [by_concept(rows + baseline, column, "full_text") for column in COLUMNS]
+    print_line("full-text prompt", [number(mean_of_concepts(values)) for values in full_text])
+    print_line("mean", [number(mean_of_concepts(values)) for values in learned])
+    print_line("standard error", [number(standard_error(values, seed_deviation(values))) for values in learned])
+    means, differences, errors, verdicts = zip(*(compare(column, rows, baseline) for column in COLUMNS), strict=True)
+    if not any(verdicts):
+        print("no baseline for these concepts: make one of the unchanged train.py with --save_baseline")
         return
-    line("untouched method", [text(f and f[0]) for f in found])
-    line("difference", [text(f and f[1], "+.3f") for f in found])
-    line("its standard error", [text(f and f[2]) for f in found])
-    line("so it is", [f[3] if f else "" for f in found])
+    print_line("baseline", map(number, means))
+    print_line("difference", [number(difference, "+.3f") for difference in differences])
+    print_line("standard error", map(number, errors))
+    print_line("verdict", verdicts)
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
 
 
 def fingerprint(paths):
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:8]
 
 
-def main():
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="kat, finn and blueprint, one seed")
-    parser.add_argument("--concepts", nargs="+", choices=CONCEPTS)
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--drawings", type=int, default=48, help="of the word, and as many of the editing sentences")
-    parser.add_argument("--workers", type=int, help="runs side by side (default: one a core, at most 8; 1 on a GPU)")
-    parser.add_argument("--out", type=Path, default=Path("runs", "judged"), help="folder for the runs")
-    parser.add_argument(
-        "--save_baseline", action="store_true", help="write baseline.json: these are the untouched method's"
-    )
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--with_first_word", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(sys.argv[1:split])
-    args.options = sys.argv[split + 1 :]
-    if own := OWN_OPTIONS & {option.split("=")[0] for option in args.options}:
-        parser.error(f"{', '.join(sorted(own))}: that is for the judge to say (mini_sd, its concepts, --seeds)")
-    if args.measure:
-        row = measure(args.measure, args.drawings, args.with_first_word)
-        mu.atomic_write(args.measure / "judged.json", lambda buffer: buffer.write(json.dumps(row, indent=1).encode()))
-        return
-    concepts = args.concepts or (["kat", "finn", "blueprint"] if args.quick else CONCEPTS)
-    seeds = args.seeds or ([0] if args.quick else list(range(6)) if args.save_baseline else [0, 1])
-    if args.save_baseline and (len(set(seeds)) < 2 or set(concepts) < set(CONCEPTS)):
-        parser.error("--save_baseline needs all concepts and two seeds or more")
-    # A run is learned again when the code, the model or an option is another one.
-    parts = ("*/*.safetensors", "*.safetensors", "*/*config.json", "model_index.json", "concepts/*/*.png")
-    model = fingerprint([path for part in parts for path in HERE.glob(part)])
-    code = fingerprint([*HERE.parent.glob("*.py"), *(HERE / name for name in ("judge.py", "reader.py", "world.py"))])
-    method = hashlib.sha256(json.dumps([model, code, args.options, args.drawings]).encode()).hexdigest()[:8]
-    saved = {} if args.save_baseline else mu.read_json(HERE / "baseline.json")
-    if saved and (saved["model"], saved["drawings"]) != (model, args.drawings):
-        print("note: baseline.json is of another model or number of drawings, and is left out", file=sys.stderr)
-        saved = {}
-    baseline = saved.get("rows", [])
-    workers = args.workers or (1 if torch.cuda.is_available() else min(8, os.cpu_count()))
+def model_fingerprint():
+    patterns = ("*/*.safetensors", "*/*config.json", "model_index.json", "concepts/*/*.png")
+    return fingerprint(path for pattern in patterns for path in MODEL.glob(pattern))
+
+
+def method_fingerprint(options, num_images):
+    """Of all that a result depends on besides concept and seed."""
+    modules = [*MODEL.parent.glob("*.py"), *(Path(path) for path in (__file__, classifier.__file__, world.__file__))]
+    method = json.dumps([model_fingerprint(), fingerprint(modules), options, num_images])
+    return hashlib.sha256(method.encode()).hexdigest()[:8]
+
+
+def start_worker(threads):
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process; train() itself listens while it runs
+
+
+def run_jobs(jobs, workers):
+    """Rows of the jobs, each the arguments of train_and_measure."""
+    workers = workers or (1 if torch.cuda.is_available() else min(8, os.cpu_count()))
     threads = max(1, os.cpu_count() // workers)
-    jobs = [(concept, seed) for seed in seeds for concept in concepts]
-
-    firsts = {row["concept"]: row["first"] for row in baseline}
-
-    def job(concept_and_seed):
-        concept, seed = concept_and_seed
-        with_first_word = concept not in firsts and seed == seeds[0]
-        folder = args.out / method / f"{concept}-{seed}"
-        return learn_and_measure(concept, seed, folder, args, with_first_word, threads)
-
-    pool = ThreadPoolExecutor(workers)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (threads,))
     try:
-        rows = list(tqdm(pool.map(job, jobs), total=len(jobs), desc="learning and measuring", unit="run", disable=None))
-    except KeyboardInterrupt:
-        print("stopped; what is done is kept for the next time", file=sys.stderr)
-        sys.exit(130)
+        futures = [pool.submit(train_and_measure, *job) for job in jobs]
+        return [future.result() for future in tqdm(futures, "training and measuring", unit="run", disable=None)]
     finally:
         pool.shutdown(cancel_futures=True)
-    compare_with_first_words(rows, firsts)
+
+
+def evaluate(args):
+    concepts = args.concepts or (["kat", "finn", "blueprint"] if args.quick else CONCEPTS)
+    seeds = args.seeds or ([0] if args.quick else [0, 1])
+    if args.save_baseline and (len(set(seeds)) < 2 or set(concepts) < set(CONCEPTS)):
+        raise mu.UserError("--save_baseline needs all concepts and at least two seeds.")
+    saved, model = {} if args.save_baseline else mu.read_json(BASELINE), model_fingerprint()
+    if saved and (saved["model"], saved["num_images"]) != (model, args.num_images):
+        print("note: baseline.json is of another model or --num_images and is ignored", file=sys.stderr)
+        saved = {}
+    baseline = saved.get("rows", [])
+    initializers = {row["concept"]: row["initializer"] for row in baseline}
+    folder, rows, jobs = args.out / method_fingerprint(args.options, args.num_images), [], []
+    for seed in seeds:
+        for concept in concepts:
+            run, with_references = folder / f"{concept}-{seed}", concept not in initializers and seed == seeds[0]
+            row = mu.read_json(run / "evaluation.json")
+            if row and ("initializer" in row or not with_references):
+                rows.append(row)
+            else:
+                jobs.append((concept, seed, run, args.options, args.num_images, with_references))
+    rows += run_jobs(jobs, args.workers)
+    add_gap_closed(rows, initializers)
     report(rows, baseline)
-    where = HERE / "baseline.json" if args.save_baseline else args.out / method / "judged.json"
-    content = {"model": model, "drawings": args.drawings, "options": args.options, "rows": rows}
-    mu.atomic_write(where, lambda buffer: buffer.write(json.dumps(content, indent=1).encode()))
-    print(f"all figures in {where}")
+    path = BASELINE if args.save_baseline else folder / "evaluation.json"
+    write_json(path, {"model": model, "num_images": args.num_images, "options": args.options, "rows": rows})
+    print(f"all results in {path}")
+
+
+def parse_options(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="kat, finn and blueprint with one seed")
+    add("--concepts", nargs="+", choices=CONCEPTS, help="default: all")
+    add("--seeds", nargs="+", type=int, help="default: 0 1")
+    add("--num_images", type=int, default=48, help="of the token, and as many of the editing prompts (default: 48)")
+    add("--workers", type=int, help="runs in parallel (default: one a core, at most 8; one on a GPU)")
+    add("--out", type=Path, default=Path("runs", "evaluate"), help="folder for the runs (default: runs/evaluate)")
+    add("--save_baseline", action="store_true", help="write baseline.json: the results of the unchanged train.py")
+    args = parser.parse_args(argv[:split])
+    args.options = argv[split + 1 :]
+    train_parser = train.build_parser()
+    train_parser.set_defaults(**dict.fromkeys(FIXED_OPTIONS))
+    given = train_parser.parse_args(args.options)
+    refused = ", ".join(f"--{name}" for name in FIXED_OPTIONS if getattr(given, name) is not None)
+    if refused:
+        raise mu.UserError(f"{refused}: evaluate sets that itself (mini_sd, its concepts, --seeds); leave it out.")
+    return args
+
+
+def main(argv=None):
+    mu.run_main(lambda options: evaluate(parse_options(options)), argv, "use fewer --workers")
 
 
 if __name__ == "__main__":
