@@ -183,13 +183,8 @@ def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78, facts:
 
 STYLED = {
     "drawing": ["a drawing of a {}", "a drawing of the {}", "a line drawing of a {}", "a simple drawing of my {}"],
-    "pixel art": [
-        "pixel art of a {}",
-        "pixel art of the {}",
-        "a pixel art picture of a {}",
-        "a pixel picture of my {}",
-    ],
-}
+    "pixel art": ["pixel art of a {}", "pixel art of the {}", "a pixel art picture of a {}", "a pixel picture of my {}"],
+}  # fmt: skip
 STYLE_NAMES = {"drawing": ["drawing", "line drawing"], "pixel art": ["pixel art", "pixel"]}
 
 
@@ -419,13 +414,7 @@ def _pattern(size, pattern, base, second, period, thin, rng):
 def _backdrop(name, size, rng):
     if name in COLOURS:
         return Image.new("RGB", (size, size), _jitter(COLOURS[name], rng))
-    sky = {
-        "grass": (172, 218, 246),
-        "snow": (196, 214, 232),
-        "night": (30, 34, 92),
-        "beach": (172, 218, 246),
-        "moon": (18, 18, 30),
-    }[name]
+    sky = {"grass": (172, 218, 246), "snow": (196, 214, 232), "night": (30, 34, 92), "beach": (172, 218, 246), "moon": (18, 18, 30)}[name]  # fmt: skip
     ground = {"grass": (118, 190, 92), "snow": (248, 250, 252), "night": (34, 66, 58), "beach": (242, 218, 156), "moon": (176, 176, 182)}[name]  # fmt: skip
     canvas = Image.new("RGB", (size, size), _jitter(sky, rng, 5))
     draw, horizon, u = ImageDraw.Draw(canvas), size * rng.uniform(0.58, 0.68), size / 64
