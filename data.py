@@ -1,6 +1,7 @@
-"""Pictures and sentences: reading images, templates, the latent cache, drawing a batch."""
+"""Images and prompts: reading images, templates, the latent cache, drawing the examples of a step."""
 
 import contextlib
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from model_utils import UserError
+from model_utils import UserError, encode_images
 
-# Sentences the word is shown in while it is learned (the role of the lists in Gal et al. 2022, appendix D).
+# Captions the token is trained with (the role of the lists in Gal et al. 2022, appendix D).
 OBJECT_TEMPLATES = [
     "a photo of a {}", "a photo of the {}", "a photo of my {}", "a photo of one {}", "a photograph of a {}",
     "a picture of a {}", "a picture of the {}", "a picture of my {}", "a picture of one {}", "a close-up photo of a {}",
@@ -40,31 +41,31 @@ MAX_PIXELS = 250_000_000  # the largest phone photos have 200 million; a file th
 
 
 def list_images(folder):
-    """Return the picture files of a folder as a sorted list of paths.
+    """Return the image files of a folder as a sorted list of paths.
 
-    Hidden files, sub-folders and files without a picture's suffix are named in one line on stderr and left out.
-    UserError if the folder cannot be read or holds no picture.
+    Hidden files, sub-folders and files without an image's suffix are named in one line on stderr and left out.
+    UserError if the folder cannot be read or holds no image.
     """
     try:
         entries = sorted(Path(folder).iterdir())
     except OSError as error:
         what = f"cannot read the folder {str(folder)!r} ({error.strerror})"
-        raise UserError(f"--images: {what}; give a folder of pictures") from error
+        raise UserError(f"--images: {what}; name a folder of images.") from error
     paths = [p for p in entries if not p.name.startswith(".") and p.suffix.lower() in SUFFIXES and p.is_file()]
     others = sorted(repr(p.name) for p in set(entries) - set(paths))
     if not paths:
         found = f"only {_first(others)}" if others else "it is empty"
-        raise UserError(f"--images: no pictures in {str(folder)!r} ({found}); put in some, as {', '.join(FORMATS)}")
+        raise UserError(f"--images: no images in {str(folder)!r} ({found}); put in some, as {', '.join(FORMATS)}.")
     if others:
-        print(f"skipped in {str(folder)!r}, not pictures: {_first(others)}", file=sys.stderr)
+        print(f"skipped in {str(folder)!r}, not images: {_first(others)}", file=sys.stderr)
     return paths
 
 
-def read_image(path, resolution, center_crop=True):
-    """Return the middle square of a picture, upright and on white, as a uint8 array [resolution, resolution, 3].
+def read_image(path, resolution):
+    """Return the center square of an image, upright and on white, as a uint8 array [resolution, resolution, 3].
 
-    Of an animation the first frame is taken. Nothing is ever squashed: the long side is cropped, with `center_crop`
-    (kept for notes from other scripts) or without. ValueError with the reason if the file cannot be read.
+    Of an animation the first frame is taken. Images are cropped, never squashed. ValueError with the reason if the file
+    cannot be read.
     """
     pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own limit refuses 200 megapixels
     try:
@@ -74,11 +75,11 @@ def read_image(path, resolution, center_crop=True):
                 raise ValueError(f"{pixels // 10**6} megapixels, more than the limit of {MAX_PIXELS // 10**6}")
             image.draft(None, (3 * resolution, 3 * resolution))  # large JPEGs: decode at 1/2, 1/4 or 1/8 of the size
             image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse the picture
+            with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse the image
                 ImageOps.exif_transpose(image, in_place=True)
             return _square(image, resolution)
     except UnidentifiedImageError:
-        raise ValueError("not a picture of a known kind") from None
+        raise ValueError("not an image of a known kind") from None
     except Exception as error:  # a damaged file can raise nearly anything inside Pillow
         raise ValueError(str(error) or type(error).__name__) from error
     finally:
@@ -86,12 +87,12 @@ def read_image(path, resolution, center_crop=True):
 
 
 def _square(image, resolution):
-    """Resize the middle square of a picture of any mode to a uint8 array [resolution, resolution, 3]."""
+    """Resize the center square of an image of any mode to a uint8 array [resolution, resolution, 3]."""
     if image.mode[0] in "IF":  # 16 and 32 bit grey: Pillow's convert would clip at 255 where it should scale
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
         # 32 bit files do not say which number is white: the smallest usual one that no pixel exceeds
         levels = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, pixels.max())
-        white = next(level for level in levels if pixels.max() <= level)
+        white = min(level for level in levels if pixels.max() <= level)
         pixels *= 255 / white
         image = Image.fromarray(pixels.clip(0, 255, out=pixels).round(out=pixels).astype(np.uint8))
     mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -104,27 +105,23 @@ def _square(image, resolution):
     return np.array(Image.alpha_composite(white_page, square.convert("RGBA")).convert("RGB"))
 
 
-def load_images(folder, resolution, center_crop=True):
-    """Return the pictures of a folder as images [N, 3, resolution, resolution] in [-1, 1], and their file names.
+def load_images(folder, resolution):
+    """Return the images of a folder as a tensor [N, 3, resolution, resolution] in [-1, 1].
 
     What cannot be read is named in one line on stderr. UserError if nothing can be read.
     """
-    paths = list_images(folder)
-    images = torch.empty(len(paths), 3, resolution, resolution)
-    names, damaged = [], []
-    for path in tqdm(paths, desc="reading pictures", delay=2, leave=False, disable=None):
+    images, damaged = [], []
+    for path in tqdm(list_images(folder), desc="reading images", delay=2, leave=False, disable=None):
         try:
-            pixels = read_image(path, resolution, center_crop)
+            pixels = read_image(path, resolution)  # [R, R, 3]
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
         except ValueError as error:
             damaged.append(f"{path.name!r} ({error})")
-            continue
-        images[len(names)] = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
-        names.append(path.name)
-    if not names:
-        raise UserError(f"--images: no picture in {str(folder)!r} can be read: {_first(damaged)}; give other files")
+    if not images:
+        raise UserError(f"--images: no image in {str(folder)!r} can be read: {_first(damaged)}; give other files.")
     if damaged:
         print(f"skipped in {str(folder)!r}, cannot be read: {_first(damaged)}", file=sys.stderr)
-    return images[: len(names)], names
+    return torch.stack(images)
 
 
 def _first(names, count=10):
@@ -132,49 +129,42 @@ def _first(names, count=10):
 
 
 class LatentCache(NamedTuple):
-    """The VAE's answer for every picture ([:, 0]) and its mirror image ([:, 1]): latents = mean + std * randn."""
+    """What the VAE makes of every image ([:, 0]) and its mirror image ([:, 1]): latents = mean + std * randn."""
 
-    mean: torch.Tensor  # fp32 [N, 2, 4, h, w] on the CPU, scaled: the latents drawn are what the UNet takes
+    mean: torch.Tensor  # fp32 [N, 2, 4, h, w] on the CPU, scaled as the UNet takes it
     std: torch.Tensor
 
 
-class Batch(NamedTuple):
-    latents: torch.Tensor  # [B, 4, h, w], scaled
-    noise: torch.Tensor  # [B, 4, h, w]
-    token_ids: torch.Tensor  # [B, L]
-    picks: torch.Tensor  # [B, 2], which picture, and 1 where it is mirrored
+def encode_dataset(vae, images):
+    """Encode images [N, 3, H, W] in [-1, 1] and their mirror images once -> LatentCache.
 
-
-def encode_dataset(vae, images, encode_images):
-    """Encode images [N, 3, H, W] in [-1, 1] and their mirror images once into a LatentCache.
-
-    `encode_images` is model_utils'. A VAE is not symmetric: latents are not mirrored. UserError if it overflows.
+    A VAE is not symmetric: the images are mirrored, not their latents. UserError if it overflows.
     """
     moments = []  # N pairs of [2, 4, h, w]
-    for image in tqdm(images, desc="encoding pictures", delay=2, leave=False, disable=None):
+    for image in tqdm(images, desc="encoding images", delay=2, leave=False, disable=None):
         moments.append(encode_images(vae, torch.stack([image, image.flip(-1)]), 1))  # one at a time saves memory
-    mean, std = (torch.stack(parts).cpu() for parts in zip(*moments, strict=True))  # [N, 2, 4, h, w]
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise UserError("--model: its VAE makes numbers that are not finite of these pictures; take another checkpoint")
-    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
-    return LatentCache((mean - shift) * scale, std * scale)
+    cache = LatentCache(*(torch.stack(part) for part in zip(*moments, strict=True)))  # [N, 2, 4, h, w]
+    if not (cache.mean.isfinite().all() and cache.std.isfinite().all()):
+        raise UserError("--model: its VAE makes latents of these images that are not finite; take another checkpoint.")
+    return cache
 
 
-def draw_batch(cache, template_ids, batch_size, generator):
-    """Draw a Batch; `template_ids` [T, L] are the tokens of every sentence, `generator` (CPU) gives all randomness.
+def draw_examples(cache, template_ids, batch_size, generator):
+    """Draw the examples of a step -> latents [B, 4, h, w], noise [B, 4, h, w], token_ids [B, L].
 
-    Pictures and sentences are dealt evenly: none comes twice in a batch before each has come once. The latents are a
-    fresh sample from the VAE's posterior, as if the pictures were encoded at every step.
+    template_ids [T, L]: the tokens of every caption. All randomness comes from `generator` (CPU). Images and captions
+    are sampled without replacement until each has come once. The latents are a fresh sample from the VAE's posterior,
+    as if the images were encoded at every step.
     """
-    picks = _deal(len(cache.mean), batch_size, generator)
+    picks = _without_replacement(len(cache.mean), batch_size, generator)
     mirrored = torch.randint(2, (batch_size,), generator=generator)
-    sentences = _deal(len(template_ids), batch_size, generator)
+    captions = _without_replacement(len(template_ids), batch_size, generator)
     mean, std = cache.mean[picks, mirrored], cache.std[picks, mirrored]  # [B, 4, h, w]
     latents = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
-    return Batch(latents, noise, template_ids[sentences], torch.stack([picks, mirrored], dim=1))
+    return latents, noise, template_ids[captions]
 
 
-def _deal(count, batch_size, generator):
-    rounds = -(-batch_size // count)
+def _without_replacement(count, batch_size, generator):
+    rounds = math.ceil(batch_size / count)
     return torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:batch_size]

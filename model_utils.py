@@ -1,10 +1,11 @@
 """The frozen model and the few numbers that are learned: everything `train.py` and `sample.py` share.
 
-From top to bottom: device and precision; loading CLIP, VAE and UNet; the noise schedule; the new word and the masked
-lookup that is the heart of textual inversion; sentences and pictures to tensors and back; embedding files.
+From top to bottom: errors and the command line; device and precision; settings; loading CLIP, VAE and UNet; the noise
+schedule; the new token and the masked lookup that is the heart of textual inversion; prompts and images to tensors
+and back; embedding files; a model with its learned tokens.
 """
 
-import ctypes
+import argparse
 import gc
 import io
 import json
@@ -31,26 +32,65 @@ from torch import nn
 
 DEFAULT_MODEL = str(Path(__file__).with_name("mini_sd"))
 
-FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}  # by width of a token's row
-MAX_VECTORS = 75  # CLIP reads 77 tokens, two of them mark start and end
+FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}  # by embedding width
+MAX_VECTORS = 75  # CLIP reads 77 tokens, two of which mark start and end
 MAX_FILE_BYTES = 64 * 2**20  # an embedding is a few KB; whole checkpoints begin at hundreds of MB
 
 
+# --- Errors and the command line --------------------------------------------------------------------------------------
+
+
 class UserError(Exception):
-    """A mistake that the user can mend: one sentence that names the option and the remedy."""
+    """A mistake that the user can correct: one sentence that names the option and the remedy."""
 
 
-def explain(error):
-    """What a user can do about an error of PyTorch's own, as one sentence; None if it is another one."""
-    words, origin = str(error).lower(), type(error).__module__
-    if isinstance(error, MemoryError) or "out of memory" in words or "allocate memory" in words:
-        return (
-            "out of memory: take a smaller --batch_size (with as much more --grad_accum it learns alike), "
-            "--gradient_checkpointing, --precision bf16 or fp16, or smaller pictures."
-        )
-    if origin.startswith(("torch._inductor", "torch._dynamo")):
-        return f"--compile: PyTorch cannot compile on this machine ({_reason(error)}); leave it out."
-    return None
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are UserErrors and whose help shows defaults."""
+
+    def __init__(self, description):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=math.inf):
+    """Type of an argparse option: an int or float from low to high."""
+
+    def convert(text):
+        value = kind(text)  # argparse reports its ValueError
+        if not low <= value <= high:  # NaN is not
+            limits = f"{low} or more" if high == math.inf else f"between {low} and {high:g}"
+            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def run_main(script, argv, memory_advice):
+    """Call script(argv). What the user can correct ends in one sentence and exit code 2, Ctrl-C in 130."""
+    try:
+        script(argv)
+    except (UserError, RuntimeError, MemoryError) as error:
+        message = str(error).lower()
+        if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
+            error = f"out of memory: {memory_advice}."
+        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            error = f"--compile: PyTorch cannot compile on this machine ({_reason(error)}); leave it out."
+        elif not isinstance(error, UserError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _reason(error):
+    """The first line of a library's message, which often has twenty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # --- Device and precision ---------------------------------------------------------------------------------------------
@@ -60,100 +100,107 @@ def choose_device(name):
     """'auto', 'cpu', 'cuda' or 'mps' -> torch.device. UserError if this machine has no such device."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available.get(torch.device(name).type, False):
+        name = next(device for device in available if available[device])
+    if not available[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here; use --device auto or --device cpu.")
     return torch.device(name)
-
-
-def send(tensor, device):
-    """Copy a tensor of the CPU to the device; CUDA need not be waited for (on MPS such copies can be garbled)."""
-    on_cuda = device.type == "cuda"
-    return (tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda)
 
 
 def choose_dtype(precision, device):
     """'auto', 'no', 'fp32', 'fp16' or 'bf16' -> torch.dtype of the frozen weights (learned rows are always fp32)."""
     if precision == "auto":
-        on_cuda = torch.device(device).type == "cuda"
+        on_cuda = device.type == "cuda"
         precision = "fp32" if not on_cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    if precision == "fp16" and torch.device(device).type == "cpu":
-        raise UserError("--precision fp16 needs a graphics card; on the CPU use --precision bf16 or fp32.")
+    if device.type == "cpu":
+        if precision == "fp16":
+            raise UserError("--precision fp16 needs a GPU; on the CPU use --precision fp32 or bf16.")
+        bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if precision == "bf16" and not bf16:  # PyTorch would emulate it, many times slower
+            raise UserError("--precision bf16: this CPU cannot multiply in bf16; use --precision fp32.")
     return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
-def computes_in_half(dtype, device):
-    """True for fp16 and bf16 where the device can multiply in them. Most CPUs cannot: PyTorch's detour is slow."""
-    if dtype == torch.float32 or torch.device(device).type != "cpu":
-        return dtype != torch.float32
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-class WidenedLayer(torch.autograd.Function):
-    """A frozen nn.Linear or nn.Conv2d that computes in fp32 with a weight that is kept in half.
-
-    The weight is widened to fp32 when it is used, and once more when the gradient comes back through it: autograd by
-    itself would keep every widened weight from one to the other.
-    """
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer, ctx.shape, weight = layer, x.shape, layer.weight.float()
-        if isinstance(layer, nn.Linear):
-            return F.linear(x.float(), weight, layer.bias)
-        return F.conv2d(x.float(), weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-
-    @staticmethod
-    def backward(ctx, grad):
-        layer, weight = ctx.layer, ctx.layer.weight.float()
-        if isinstance(layer, nn.Linear):
-            return grad @ weight, None
-        how = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return nn.grad.conv2d_input(ctx.shape, weight, grad, *how), None
-
-
-def widen_when_used(module):
-    """Let a frozen module with weights in half compute in fp32 (see WidenedLayer).
-
-    What autograd keeps until the gradient comes back is kept in half, except what is small for each picture: among
-    that are the logarithms from which attention computes its weights anew.
-    """
-    dtype, forward = next(module.parameters()).dtype, module.forward
-
-    def narrow(x):
-        large = x.is_floating_point() and x.dim() > 1 and x[:1].numel() >= 2**16
-        return x.to(dtype) if large else x, x.dtype
-
-    def widen(kept):
-        x, its_dtype = kept
-        return x.to(its_dtype)
-
-    def forward_that_keeps_half(*args, **kwargs):
-        with torch.autograd.graph.saved_tensors_hooks(narrow, widen):
-            return forward(*args, **kwargs)
-
-    module.forward = forward_that_keeps_half
-    for parameter in module.parameters():
-        if parameter.dim() < 2:  # biases and norms are small: widened for good
-            parameter.data = parameter.data.float()
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            layer.forward = lambda x, layer=layer: WidenedLayer.apply(x, layer)
-
-
-def give_back_freed_memory():
-    """From now on tensors of 2 MB or more return to the system when they are freed (Linux with glibc).
-
-    glibc would keep them for later, by and by a gigabyte in pieces too small for the next tensor.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2 * 2**20)  # M_MMAP_THRESHOLD
+def to_device(tensor, device):
+    """Copy a CPU tensor to the device, without waiting on CUDA (on MPS such copies can be garbled)."""
+    on_cuda = device.type == "cuda"
+    return (tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda)
 
 
 def compile_unet(unet):
-    """torch.compile: the first step takes minutes, unless an earlier run has compiled it; the others are faster."""
-    warnings.filterwarnings("ignore", message="Dynamo detected")  # how diffusers is written is not the user's concern
+    """torch.compile: the first step takes minutes, unless an earlier run has compiled it; later steps are faster."""
+    warnings.filterwarnings("ignore", message="Dynamo detected")  # about diffusers' code, nothing a user can change
     return torch.compile(unet)
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    """The object in a JSON file; {} if there is no such file. UserError if it is damaged."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({_reason(error)}): correct or remove it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: correct or remove it.")
+    return content
+
+
+class Settings:
+    """The entries of a JSON file in a model's folder, checked as they are read."""
+
+    def __init__(self, path, entries=None):
+        self.path, self.entries = path, read_json(path) if entries is None else entries
+
+    def get(self, name, default, kind, low=-math.inf, high=math.inf):
+        """The entry `name`, or the default if there is none. kind: its type, or a list of choices.
+
+        UserError that names file and entry if it is of another type, no choice, or outside [low, high].
+        """
+        value = self.entries.get(name, default)
+        if isinstance(kind, list):
+            valid, wanted = value in kind, "one of " + ", ".join(map(str, kind))
+        else:
+            types = (int, float) if kind is float else kind
+            valid = isinstance(value, types) and isinstance(value, bool) == (kind is bool)
+            valid = valid and (kind not in (int, float) or low <= value <= high)
+            wanted = kind.__name__ if low == -math.inf else f"{kind.__name__} from {low:g} to {high:g}"
+        if not valid:
+            raise UserError(f"{self.path}: '{name}' is {value!r}, not {wanted}; correct it or take another checkpoint.")
+        return value
+
+
+def sampling_defaults(model):
+    """{'steps': ..., 'guidance': ...} as a model's folder advises in model_index.json; {} where it does not."""
+    path = Path(model, "model_index.json")
+    advice = Settings(path, Settings(path).get("_sampling", {}, dict))
+    limits = {"steps": (int, 1, 1000), "guidance": (float, 0, 1000)}
+    return {name: advice.get(name, None, *limit) for name, limit in limits.items() if name in advice.entries}
+
+
+def read_unet_config(model, revision=None):
+    """The UNet's settings, read before the UNet itself."""
+    return read_json(_fetch("--model", model, "unet/config.json", revision))
+
+
+def read_config(folder):
+    """The options that the run in a folder began with; {} where there is none. UserError if they are damaged."""
+    config = read_json(Path(folder, "config.json"))
+    if "placeholder_token" not in config:  # another program's
+        return {}
+    return config | {"model": model_of_name(config.get("model"))}
+
+
+def name_of_model(model):
+    """How runs store a model, to find it from any folder: 'mini_sd' for the bundled one, a full path or a Hub id."""
+    if Path(model).resolve() == Path(DEFAULT_MODEL).resolve():  # its folder moves with the project
+        return Path(DEFAULT_MODEL).name
+    return str(Path(model).resolve()) if Path(model).exists() else str(model)
+
+
+def model_of_name(name):
+    """The folder or Hub id that `name_of_model` gave this name."""
+    return DEFAULT_MODEL if name == Path(DEFAULT_MODEL).name else name
 
 
 # --- Loading the frozen model -----------------------------------------------------------------------------------------
@@ -165,8 +212,8 @@ def load_tokenizer(model, revision=None):
     if len(tokenizer) < 4:  # from an empty folder transformers makes a tokenizer of the special tokens alone
         why = "no vocabulary" if Path(model).is_dir() else "no such model there, or no connection"
         raise _unloadable(model, "tokenizer", why)
-    if tokenizer.model_max_length > 10_000:  # transformers' way to say "unknown"
-        tokenizer.model_max_length = 77
+    config = Settings(_fetch("--model", model, "text_encoder/config.json", revision))
+    tokenizer.model_max_length = config.get("max_position_embeddings", 77, int, 3, 10_000)  # not what its own file says
     return tokenizer
 
 
@@ -181,7 +228,7 @@ def load_vae(model, device, dtype=torch.float32, revision=None, variant=None):
 
 
 def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
-    """UNet2DConditionModel, frozen. UserError if it wants more than latents and one text encoder (SDXL, inpainting)."""
+    """UNet2DConditionModel, frozen. UserError if it needs more than latents and one text encoder (SDXL, inpainting)."""
     unet = _load_frozen(diffusers.UNet2DConditionModel, "unet", model, device, dtype, revision, variant)
     if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type:
         raise UserError(f"--model {model} is no plain text-to-image model; take a Stable Diffusion 1 or 2 checkpoint.")
@@ -191,7 +238,7 @@ def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
 
 
 def _load_frozen(part_class, part, model, device, dtype, revision, variant):
-    # dtype is always given: left to itself transformers takes the file's, and rows learned in half do not learn.
+    # dtype is always given: by default transformers takes the file's, and rows trained in half precision do not learn.
     # low_cpu_mem_usage=True would need accelerate.
     options = {"dtype": dtype, "low_cpu_mem_usage": False, "revision": revision, "variant": variant}
     module, info = _load_part(part_class, part, model, output_loading_info=True, **options)
@@ -199,11 +246,7 @@ def _load_frozen(part_class, part, model, device, dtype, revision, variant):
         raise _unloadable(model, part, f"it lacks weights, {min(info['missing_keys'])} for one")
     del info
     gc.collect()  # the file's pages, mapped into memory, hang in a circle of references: gigabytes
-    module = module.requires_grad_(False).eval().to(device)
-    if dtype != torch.float32 and not computes_in_half(dtype, device):
-        widen_when_used(module)
-        give_back_freed_memory()
-    return module
+    return module.requires_grad_(False).eval().to(device)
 
 
 def _load_part(part_class, part, model, **options):
@@ -216,7 +259,7 @@ def _load_part(part_class, part, model, **options):
         raise UserError(f"--model {model}: the folder '{part}' is missing; a model in diffusers layout is needed.")
     options |= {"subfolder": part, "local_files_only": huggingface_hub.constants.HF_HUB_OFFLINE}
     try:
-        with warnings.catch_warnings(action="ignore"):  # what the libraries deprecate is not the user's concern
+        with warnings.catch_warnings(action="ignore"):  # deprecations inside the libraries are not the user's concern
             return part_class.from_pretrained(str(model), **options)
     except Exception as error:
         raise _unloadable(model, part, _reason(error)) from error
@@ -225,37 +268,6 @@ def _load_part(part_class, part, model, **options):
 def _unloadable(model, part, why):
     where = "" if Path(model).is_dir() else "there is no such folder here, and from the Hub "
     return UserError(f"--model {model}: {where}its part '{part}' cannot be loaded ({why}); is it there and whole?")
-
-
-def native_resolution(model, factor, revision=None):
-    """The size in pixels that a model draws: that of its UNet's latents times the VAE's `factor`."""
-    return read_json(_fetch("--model", model, "unet/config.json", revision))["sample_size"] * factor
-
-
-def read_json(path):
-    """What a JSON file holds; {} if there is no such file. UserError if it is damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}): mend or remove it.") from error
-
-
-def name_of_model(model):
-    """What runs and embedding files call it: the embedded one by its name alone, for the project's folder may move."""
-    return Path(model).name if model == DEFAULT_MODEL else str(model)
-
-
-def model_of_name(name):
-    """The folder or Hub id that `name_of_model` gave this name."""
-    return DEFAULT_MODEL if name == Path(DEFAULT_MODEL).name else name
-
-
-def read_config(folder):
-    """The options that the run in a folder began with; {} where there is none. UserError if they are damaged."""
-    config = read_json(Path(folder, "config.json"))
-    if not isinstance(config, dict) or "placeholder_token" not in config:  # another program's
-        return {}
-    return config | {"model": model_of_name(config["model"])}
 
 
 def _fetch(option, name, filename, revision=None):
@@ -277,9 +289,22 @@ def _refuse_missing(option, name):
         raise UserError(f"{option} {name}: there is no such file or folder, and it is no Hub id such as 'owner/name'.")
 
 
-def _reason(error):
-    """The first line of a library's message, which often has twenty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def vae_factor(vae):
+    """Pixels per latent, along one side."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def native_size(unet_config, vae):
+    """(height, width) in pixels of the images a model was trained on: its UNet's `sample_size`, else its VAE's.
+
+    UserError if the entry is neither a number nor two.
+    """
+    factor = vae_factor(vae)
+    size = unet_config.get("sample_size") or (vae.config.sample_size or 512) // factor
+    height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+        raise UserError(f"unet/config.json: 'sample_size' is {size!r}, not a number or two; correct it.")
+    return height * factor, width * factor
 
 
 # --- The noise schedule -----------------------------------------------------------------------------------------------
@@ -287,15 +312,14 @@ def _reason(error):
 
 @dataclass
 class NoiseSchedule:
-    """How much noise there is at each timestep, kept in fp32 whatever the model's precision is.
+    """The noise level of each timestep, kept in fp32 whatever the model's precision is.
 
-    alphas_cumprod [T]: the share of the latents' variance left at each timestep, falling from nearly 1 to nearly 0.
+    alphas_cumprod [T]: the fraction of the latents' variance left at each timestep, falling from nearly 1 to nearly 0.
     """
 
     alphas_cumprod: torch.Tensor
     prediction_type: str = "epsilon"  # what the UNet predicts: 'epsilon' or 'v_prediction'
     timestep_spacing: str | None = None  # None: each sampler's usual one, as in diffusers
-    steps_offset: int = 1  # where the file is silent: what diffusers' Stable Diffusion pipeline then sets
     set_alpha_to_one: bool = True
 
     @property
@@ -316,7 +340,7 @@ class NoiseSchedule:
         return (signal * latents + sigma * noise).to(latents.dtype)
 
     def target(self, latents, noise, timesteps):
-        """What the UNet should say [B, 4, h, w]: the noise, or v (Salimans and Ho 2022, appendix D)."""
+        """What the UNet should predict [B, 4, h, w]: the noise, or v (Salimans and Ho 2022, appendix D)."""
         if self.prediction_type == "epsilon":
             return noise
         signal, sigma = self._signal_and_noise(timesteps)
@@ -329,51 +353,56 @@ class NoiseSchedule:
 
 def load_schedule(model, revision=None):
     """NoiseSchedule of the checkpoint's scheduler_config.json. UserError for what is not written out here."""
-    config = read_json(_fetch("--model", model, "scheduler/scheduler_config.json", revision))
-    kind, start, end = config.get("beta_schedule"), config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    timesteps = config.get("num_train_timesteps", 1000)
-    if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    settings = Settings(_fetch("--model", model, "scheduler/scheduler_config.json", revision))
+    unsupported = {"use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresholding", "use_flow_sigmas"}
+    for name in unsupported & settings.entries.keys():
+        settings.get(name, False, [False, None])
+    settings.get("algorithm_type", "dpmsolver++", ["dpmsolver++"])
+    timesteps = settings.get("num_train_timesteps", 1000, int, 1, 100_000)
+    start, end = settings.get("beta_start", 1e-4, float, 0, 1), settings.get("beta_end", 0.02, float, 0, 1)
+    kind = settings.get("beta_schedule", "linear", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+    trained_betas = settings.entries.get("trained_betas")
+    if trained_betas is not None:
+        numbers = settings.get("trained_betas", None, list)
+        if not numbers or not all(isinstance(beta, float) and 0 <= beta < 1 for beta in numbers):
+            raise UserError(f"{settings.path}: 'trained_betas' is no list of numbers from 0 to 1; correct it.")
+        betas = torch.tensor(numbers)
     elif kind == "linear":
         betas = torch.linspace(start, end, timesteps)
     elif kind == "scaled_linear":  # latent diffusion's own
         betas = torch.linspace(start**0.5, end**0.5, timesteps) ** 2
-    elif kind == "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, equation 17
+    else:  # Nichol and Dhariwal 2021, equation 17
         cosine = [math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(timesteps + 1)]
         betas = torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(cosine)])
-    else:
-        raise UserError(f"--model {model}: its noise schedule {kind!r} is not supported; take another checkpoint.")
     alphas_cumprod = (1 - betas).cumprod(0)
-    if config.get("rescale_betas_zero_snr"):  # Lin et al. 2023, algorithm 1: the last timestep is pure noise
+    if settings.get("rescale_betas_zero_snr", False, bool):  # Lin et al. 2023, algorithm 1: T is pure noise
         root = alphas_cumprod.sqrt()
         alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    prediction_type = config.get("prediction_type", "epsilon")
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"--model {model} predicts {prediction_type!r}; only epsilon and v_prediction are supported.")
-    given = {name: config[name] for name in ("timestep_spacing", "steps_offset", "set_alpha_to_one") if name in config}
-    return NoiseSchedule(alphas_cumprod, prediction_type, **given)
+    prediction_type = settings.get("prediction_type", "epsilon", ["epsilon", "v_prediction"])
+    spacing = settings.get("timestep_spacing", None, ["leading", "linspace", "trailing", None])
+    return NoiseSchedule(alphas_cumprod, prediction_type, spacing, settings.get("set_alpha_to_one", True, bool))
 
 
-# --- The new word and the masked lookup -------------------------------------------------------------------------------
+# --- The new token and the masked lookup ------------------------------------------------------------------------------
 
 
 def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder_token"):
-    """Add a word to the tokenizer -> its token_ids, one for each vector (named word, word_1, word_2, ...).
+    """Add a token to the tokenizer -> its token_ids, one for each vector (named token, token_1, token_2, ...).
 
-    UserError if the word is empty, has spaces or is one already: add_tokens' own count proves nothing, for an existing
-    word it answers 1 as well, and training would overwrite that word.
+    UserError if it is empty, has spaces or exists already: the count that add_tokens returns proves nothing, for an
+    existing token it is 1 as well, and training would overwrite that token's row.
     """
     remedy = f"{option} {placeholder!r}: choose a name such as '<my-cat>'; this one"
     if not placeholder or not placeholder.isprintable() or any(character.isspace() for character in placeholder):
         raise UserError(f"{remedy} is empty or has spaces or invisible characters.")
     if not 1 <= num_vectors <= MAX_VECTORS:
-        raise UserError(f"--num_vectors {num_vectors}: must be between 1 and {MAX_VECTORS}, what a sentence can hold.")
+        raise UserError(f"--num_vectors {num_vectors}: must be between 1 and {MAX_VECTORS}, what a prompt can hold.")
     names = [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
     vocabulary = tokenizer.get_vocab()
     pieces = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
     known = {placeholder.lower(), placeholder.lower() + "</w>"} & tokenizer.backend_tokenizer.get_vocab(False).keys()
     if known or len(pieces) == 1 or not vocabulary.keys().isdisjoint(names):
-        raise UserError(f"{remedy} is already a word of the model.")
+        raise UserError(f"{remedy} is already a token of the model.")
 
     # normalized=False: found as it is written, before lower-casing. single_word: 'sks' is not found inside 'asks'.
     single_word = bool(re.match(r"\w", placeholder) or re.match(r"\w", placeholder[-1]))
@@ -391,34 +420,36 @@ def initializer_id(tokenizer, text, option="--initializer_token"):
     words = [piece for piece in pieces if len(piece) > 2 and piece.isalpha()]
     hint = " or ".join(f"{option} {word}" for word in dict.fromkeys(words)) or f"{option} cat"
     if len(token_ids) != 1:
-        raise UserError(f"{option} {text!r} is {len(token_ids)} tokens {pieces}, not one; a start can be: {hint}.")
+        raise UserError(f"{option} {text!r} is {len(token_ids)} tokens {pieces}, not one; possible is: {hint}.")
     if token_ids[0] in tokenizer.all_special_ids or token_ids[0] in tokenizer.added_tokens_decoder:
         raise UserError(f"{option} {text!r} is no word that the model knows; choose a common one: {option} cat.")
     return token_ids[0]
 
 
 def tokenize(tokenizer, prompts, placeholders=None):
-    """Sentences [B] -> token_ids [B, L], L the tokenizer's model_max_length, padded.
+    """Prompts [B] -> token_ids [B, L], L the tokenizer's model_max_length, padded.
 
-    placeholders: {word: its token_ids from add_placeholder}; a word stands for all its vectors, one after the other.
-    What does not fit is cut off and said on stderr; UserError if a placeholder would be cut.
+    placeholders: {token: its token_ids from add_placeholder}; a token stands for all its vectors, one after the other.
+    What does not fit is cut off and reported on stderr; UserError if a placeholder would be cut.
     """
     vectors_of = {token_ids[0]: list(token_ids) for token_ids in (placeholders or {}).values()}
-    all_vectors = {i for token_ids in vectors_of.values() for i in token_ids}
+    token_of = {i: token for token, token_ids in (placeholders or {}).items() for i in token_ids}
     length = tokenizer.model_max_length
     rows = []
     for prompt in prompts:
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         body, position = [], 0
-        while position < len(ids):  # ids, not text, are expanded: no word can be mistaken for the start of another
+        while position < len(ids):  # ids, not text, are expanded: no token can be mistaken for the start of another
             vectors = vectors_of.get(ids[position], [ids[position]])
             body += vectors
             spelled_out = ids[position : position + len(vectors)] == vectors  # '<cat> <cat>_1', as diffusers writes it
             position += len(vectors) if spelled_out else 1
-        if cut := body[length - 2 :]:
+        cut = body[length - 2 :]
+        for i in cut:
+            if i in token_of:
+                raise UserError(f"the prompt {prompt!r} is too long: the token {token_of[i]!r} would be cut off.")
+        if cut:
             text = tokenizer.decode(cut)
-            if all_vectors & set(cut):
-                raise UserError(f"the prompt {prompt!r} is too long: {text!r}, with a learned word, would be cut off.")
             print(f"note: a prompt can have {length - 2} tokens; cut off: {text!r}", file=sys.stderr)
         row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]
         rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
@@ -444,28 +475,29 @@ class LearnedEmbedding(nn.Module):
     def forward(self, token_ids):  # [B, L]
         row = self.row_of_id[token_ids]
         is_new = (row >= 0).unsqueeze(-1)  # [B, L, 1]
-        learned_rows = self.learned_rows[row.clamp(min=0)].to(self.weight.dtype)
+        # F.embedding: the gradient of learned_rows[row] would add up in no fixed order on several threads
+        learned_rows = F.embedding(row.clamp(min=0), self.learned_rows).to(self.weight.dtype)
         frozen_rows = F.embedding(token_ids.clamp(max=len(self.weight) - 1), self.weight)
         return torch.where(is_new, learned_rows, frozen_rows)  # [B, L, dim]
 
 
 def install_learned_rows(text_encoder, token_ids, init_rows):
-    """Replace the encoder's token table -> LearnedEmbedding. All words at once: token_ids (n), init_rows [n, dim]."""
+    """Replace the encoder's token table -> LearnedEmbedding. All tokens at once: token_ids (n), init_rows [n, dim]."""
     embedding = LearnedEmbedding(text_encoder.get_input_embeddings().weight, token_ids, init_rows)
     text_encoder.set_input_embeddings(embedding)
     return embedding
 
 
 @torch.no_grad()
-def nearest_words(tokenizer, table, rows, count=3):
-    """The `count` words of the token table [V, dim] with the largest cosine to each of rows [n, dim] -> n lists."""
+def nearest_tokens(tokenizer, table, rows, count=3):
+    """The `count` tokens of the table [V, dim] with the largest cosine to each of rows [n, dim] -> n lists."""
     table = table[: len(tokenizer)]  # some tables are longer
     cosines = F.normalize(rows.float(), dim=1) @ F.normalize(table.float(), dim=1).T  # [n, V]
     nearest = cosines.topk(min(count, len(table)), dim=1).indices.tolist()
-    return [[word.removesuffix("</w>") for word in tokenizer.convert_ids_to_tokens(ids)] for ids in nearest]
+    return [[token.removesuffix("</w>") for token in tokenizer.convert_ids_to_tokens(ids)] for ids in nearest]
 
 
-# --- Sentences and pictures to tensors, and back ----------------------------------------------------------------------
+# --- Prompts and images to tensors, and back --------------------------------------------------------------------------
 
 
 def encode_tokens(text_encoder, token_ids):
@@ -475,32 +507,32 @@ def encode_tokens(text_encoder, token_ids):
 
 @torch.no_grad()
 def encode_images(vae, images, batch=4):
-    """images [N, 3, H, W] in [-1, 1] -> mean, std [N, 4, h, w] of their latents, fp32, unscaled, where images are.
+    """images [N, 3, H, W] in [-1, 1] -> mean, std [N, 4, h, w] of their latents, fp32, scaled, where images are.
 
-    A fresh sample is (mean + std * noise - shift_factor or 0) * scaling_factor, as the UNet knows it.
+    A fresh sample, as the UNet takes it, is mean + std * noise.
     """
     chunks = [vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist for chunk in images.split(batch)]
-    mean = torch.cat([chunk.mean for chunk in chunks])
-    std = torch.cat([chunk.std for chunk in chunks])
-    return mean.to(images.device, torch.float32), std.to(images.device, torch.float32)
+    mean = torch.cat([chunk.mean for chunk in chunks]).to(images.device, torch.float32)
+    std = torch.cat([chunk.std for chunk in chunks]).to(images.device, torch.float32)
+    return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor, std * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(vae, latents):
     """latents [B, 4, h, w] (scaled) -> images [B, 3, H, W] fp32, about [-1, 1]. UserError if they are not finite.
 
-    As many at a time as have the pixels of one picture of 512 x 512: more would be the most memory of a whole run.
+    As many at a time as have the pixels of one image of 512 x 512: more would be the peak memory of a whole run.
     """
     unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     batch = max(1, 64 * 64 // unscaled[0, 0].numel())
     images = torch.cat([vae.decode(chunk.to(vae.device, vae.dtype)).sample.float() for chunk in unscaled.split(batch)])
-    if not images.isfinite().all():  # would be saved as black pictures
-        raise UserError("--precision: the drawing is not finite; use --precision fp32.")
+    if not images.isfinite().all():  # would be saved as black images
+        raise UserError("--precision: the generated image is not finite; use --precision fp32.")
     return images
 
 
 def to_pil(images):
-    """images [B, 3, H, W] in [-1, 1] -> list of B PIL pictures."""
+    """images [B, 3, H, W] in [-1, 1] -> list of B PIL images."""
     pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -509,7 +541,7 @@ def to_pil(images):
 
 
 class Embedding(NamedTuple):
-    """A learned word: its name, its rows [n, dim] in fp32, and what the file says of itself."""
+    """A learned token: its name, its rows [n, dim] in fp32, and what the file says of itself."""
 
     token: str
     rows: torch.Tensor
@@ -524,7 +556,8 @@ def atomic_write(path, write):
     write(buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # x: never through a link that somebody has put there
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
@@ -536,20 +569,17 @@ def atomic_write(path, write):
         raise UserError(f"cannot write {path} ({why}): make room there or choose another --output_dir.") from error
 
 
-def save_embedding(path, placeholder, rows, base_model, metadata=None, bin=False):
-    """Write rows [n, dim] as diffusers' one-key file, fp32; bin=True: the pickle of 2022, 1-D for a single vector."""
-    rows = rows.detach().float().cpu().contiguous()
-    if bin:
-        content = {placeholder: (rows[0] if len(rows) == 1 else rows).clone()}
+def save_embedding(path, token, rows, base_model):
+    """Write rows [n, dim] in diffusers' format, {token: fp32 tensor}, 1-D for a single vector as InvokeAI wants it.
+
+    A path that ends in .bin is written as the pickle of 2022, any other as safetensors.
+    """
+    rows = rows.detach().float().cpu()
+    content = {token: (rows[0] if len(rows) == 1 else rows).clone()}
+    if Path(path).suffix == ".bin":
         return atomic_write(path, lambda buffer: torch.save(content, buffer))
-    # Written by hand (8 bytes of length, a JSON header, the numbers), for the library shuffles the metadata: here the
-    # same embedding is the same file, byte for byte.
-    notes = {"format": "pt", "base_model": str(base_model)} | {k: str(v) for k, v in (metadata or {}).items()}
-    numbers = rows.numpy().astype("<f4").tobytes()
-    tensor = {"dtype": "F32", "shape": list(rows.shape), "data_offsets": [0, len(numbers)]}
-    header = json.dumps({"__metadata__": notes, placeholder: tensor}, ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    atomic_write(path, lambda buffer: buffer.write(len(header).to_bytes(8, "little") + header + numbers))
+    serialized = safetensors.torch.save(content, metadata={"base_model": str(base_model)})
+    atomic_write(path, lambda buffer: buffer.write(serialized))
 
 
 def load_embedding(source, token=None, dim=None):
@@ -564,12 +594,12 @@ def load_embedding(source, token=None, dim=None):
     name, rows = _name_and_rows(content, path)
     token = token or name
     if not isinstance(token, str) or token == "*":
-        raise UserError(f"--embedding {path} does not say its word; give it one: --token '<{path.stem}>'.")
+        raise UserError(f"--embedding {path} does not name its token; give it one: --token '<{path.stem}>'.")
     shape, is_plain = list(rows.shape), rows.layout == torch.strided and rows.device.type == "cpu"
     if not is_plain or not rows.is_floating_point() or len(shape) not in (1, 2) or 0 in shape:
         raise UserError(f"--embedding {path} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
     if len(shape) == 2 and shape[0] > MAX_VECTORS:
-        raise UserError(f"--embedding {path} holds {shape[0]} vectors; a sentence has room for {MAX_VECTORS}.")
+        raise UserError(f"--embedding {path} holds {shape[0]} vectors; a prompt has room for {MAX_VECTORS}.")
     if rows.numel() * rows.element_size() > rows.untyped_storage().nbytes():
         raise UserError(f"--embedding {path} claims {shape} numbers, and holds fewer: nothing in it was used.")
     if dim is not None and shape[-1] != dim:
@@ -596,7 +626,7 @@ def _find_embedding_file(source):
 
 
 def _read_tensors(path):
-    """-> what the file holds (dict or tensor), what it says of itself. The first bytes, not the name, tell its kind."""
+    """-> what the file holds (dict or tensor), its metadata. The first bytes, not the name, tell its kind."""
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= MAX_FILE_BYTES else b""
@@ -616,7 +646,7 @@ def _read_tensors(path):
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             return safetensors.torch.load(data), header.get("__metadata__") or {}
         if data.startswith((b"PK", b"\x80")):
-            # weights_only: a pickle may otherwise run any program. ParameterDict: a mere container in the paper's files
+            # weights_only: a pickle may otherwise run any program. ParameterDict: the container in the paper's files
             with torch.serialization.safe_globals([nn.ParameterDict]):
                 content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             notes = content if isinstance(content, dict) else {}
@@ -629,7 +659,7 @@ def _read_tensors(path):
 
 
 def _name_and_rows(content, path):
-    """What a file holds -> its word ('*' if it does not say), its rows."""
+    """What a file holds -> its token ('*' if it names none), its rows."""
     if isinstance(content, torch.Tensor):
         return "*", content
     name = None
@@ -643,6 +673,42 @@ def _name_and_rows(content, path):
                 print(f"note: {path} is for SDXL; taken: clip_l, the half for Stable Diffusion 1", file=sys.stderr)
             content = {"*": content[key]}
     if len(content) != 1 or not isinstance(next(iter(content.values())), torch.Tensor):
-        raise UserError(f"--embedding {path} is no embedding of one word; it holds {list(content)[:6]}.")
+        raise UserError(f"--embedding {path} is no embedding of one token; it holds {list(content)[:6]}.")
     ((key, rows),) = content.items()
     return name or ("*" if key == "clip_g" else key), rows
+
+
+# --- A model with its learned tokens ----------------------------------------------------------------------------------
+
+
+class Components(NamedTuple):
+    """A loaded model. placeholders: {learned token: its token_ids}."""
+
+    tokenizer: transformers.CLIPTokenizer
+    text_encoder: transformers.CLIPTextModel
+    vae: diffusers.AutoencoderKL | None  # None while a token is learned
+    unet: diffusers.UNet2DConditionModel
+    schedule: NoiseSchedule
+    placeholders: dict
+
+
+def load_components(model, device="cpu", dtype=torch.float32, revision=None, variant=None, embeddings=None):
+    """Components of a model that knows the tokens of embedding files.
+
+    embeddings: {file, run folder or Hub id: another name for its token, or None}.
+    """
+    source = {"revision": revision, "variant": variant}
+    tokenizer, text_encoder = load_tokenizer(model, revision), load_text_encoder(model, device, dtype, **source)
+    dim = text_encoder.get_input_embeddings().weight.shape[1]
+    learned = [load_embedding(file, token, dim) for file, token in (embeddings or {}).items()]
+    placeholders = {}
+    for embedding in learned:
+        if embedding.token in placeholders:
+            raise UserError(f"two embeddings are called {embedding.token!r}: give each a --token, in their order.")
+        placeholders[embedding.token] = add_placeholder(tokenizer, embedding.token, len(embedding.rows), "--token")
+    if learned:
+        token_ids = sum(placeholders.values(), [])
+        install_learned_rows(text_encoder, token_ids, torch.cat([embedding.rows for embedding in learned]))
+    vae = load_vae(model, device, torch.float32, **source)  # in half precision some VAEs overflow
+    unet, schedule = load_unet(model, device, dtype, **source), load_schedule(model, revision)
+    return Components(tokenizer, text_encoder, vae, unet, schedule, placeholders)
