@@ -101,7 +101,7 @@ def test_images_of_the_concept_itself_have_its_attributes(concept):
 
 
 def run_options(folder):
-    return ["--concepts", "kat", "--seeds", "0", "--num_images", "8", "--workers", "1", "--out", str(folder)]
+    return ["--concepts", "kat", "--seeds", "0", "--num_images", "8", "--workers", "2", "--out", str(folder)]
 
 
 def test_a_run_is_trained_once_and_compared(tmp_path, monkeypatch, capsys):

@@ -33,9 +33,9 @@ def clip():
     return sample.load_clip(MINI_SD)
 
 
-def encoded(images):
-    vae = mu.load_vae(MINI_SD, "cpu")
-    return vae, mu.encode_images(vae, images, batch=50)[0]
+@pytest.fixture(scope="module")
+def vae():
+    return mu.load_vae(MINI_SD, "cpu")
 
 
 def test_the_concepts_are_left_out_of_training():
@@ -102,12 +102,11 @@ def test_every_word_of_the_captions_is_one_token():
     assert all("-" in word for word in split), split  # close-up
 
 
-def test_the_vae_reconstructs_held_out_images(held_out):
-    vae, mean = encoded(held_out[0])
-    scaled = mean * vae.config.scaling_factor
-    errors = (mu.decode_latents(vae, scaled).clamp(-1, 1) - held_out[0]).square().flatten(1).mean(1) / 4
+def test_the_vae_reconstructs_held_out_images(vae, held_out):
+    latents, _ = mu.encode_images(vae, held_out[0], batch=50)
+    errors = (mu.decode_latents(vae, latents).clamp(-1, 1) - held_out[0]).square().flatten(1).mean(1) / 4
     assert (-10 * errors.log10()).mean() > 26  # dB
-    assert scaled.std().item() == pytest.approx(1, abs=0.1)
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_clip_matches_held_out_images_with_their_captions(clip, held_out):
@@ -125,12 +124,11 @@ def test_clip_t_asks_only_for_what_the_prompt_says(concept, clip):
     assert of_concept > as_much * of_any and not_as_it_says < little * of_any
 
 
-def test_the_unet_predicts_noise_and_follows_the_caption(held_out):
+def test_the_unet_predicts_noise_and_follows_the_caption(vae, held_out):
     """Much better than predicting zero (1.0) on held-out images, and better with their captions than with others."""
     tokenizer, text_encoder = mu.load_tokenizer(MINI_SD), mu.load_text_encoder(MINI_SD, "cpu")
     unet, schedule = mu.load_unet(MINI_SD, "cpu"), mu.load_schedule(MINI_SD)
-    vae, mean = encoded(held_out[0][:200])
-    latents, generator = mean * vae.config.scaling_factor, torch.Generator().manual_seed(0)
+    (latents, _), generator = mu.encode_images(vae, held_out[0][:200], batch=50), torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = train.sample_timesteps(len(latents), 1000, generator, "uniform")
     losses = []
