@@ -202,11 +202,10 @@ def has_converged(eval_losses, window=15, fraction=0.15):
 
 def announce(args, dataset, device, vocabulary_rms):
     """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
-    rates = [learning_rate(step, args) for step in range(args.steps)]
-    what = (
-        f"{dataset.summary}, {args.steps} steps of {args.batch_size * args.grad_accum}, learning rate {max(rates):.2g}"
-    )
-    print(f"training   {what} ({args.lr_scheduler}), {args.timestep_sampling} timesteps, {args.precision} on {device}")
+    rates, images = [learning_rate(step, args) for step in range(args.steps)], args.batch_size * args.grad_accum
+    what = f"{args.steps} steps of {images}, learning rate {max(rates):.2g} ({args.lr_scheduler})"
+    how = f"{args.timestep_sampling} timesteps, {args.precision} on {device}"
+    print(f"training   {dataset.summary}, {what}, {how}")
     recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
     recipe.lr = recipe.lr or vocabulary_rms
     usual = sum(learning_rate(step, recipe) for step in range(recipe.steps))
@@ -454,6 +453,7 @@ class Run:
         if self.rank > 0:
             return
         token, base_model = self.args.placeholder_token, mu.name_of_model(self.args.model)
+        base_model = Path(base_model).name if Path(self.args.model).exists() else base_model  # no folders of one's own
         state = {"token": token, "rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
         state |= {"scaler": self.scaler.state_dict(), "step": self.step}
         state |= {"images": self.dataset.fingerprint, "model": self.model_fingerprint}
@@ -751,6 +751,10 @@ def resumed_options(args, argv):
     except UserError as error:
         raise UserError(f"{Path(folder, 'config.json')}: {error}; correct it or start another run.") from error
     args = build_parser().parse_args([*config_argv, *argv])
+    if args.model == before.model:
+        mu.refuse_download(args.model)
+    shown = f"{args.placeholder_token}, model {args.model}, images {args.images}"
+    print(f"resuming   {mu.printable(folder)}: {mu.printable(shown)}")
     args.output_dir = folder
     args.precision = {"auto": before.precision, "no": "fp32"}.get(args.precision, args.precision)
     for name, value in vars(before).items():
