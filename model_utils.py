@@ -807,7 +807,7 @@ def _find_embedding_file(source):
             return _fetch("--embedding", source, "learned_embeds.safetensors")
         return _fetch("--embedding", source, "learned_embeds.bin")
     for pattern in ("learned_embeds.safetensors", "learned_embeds.bin", "*.safetensors", "*.bin", "*.pt"):
-        if len(found := list(Path(source).glob(pattern))) == 1:
+        if len(found := [path for path in Path(source).glob(pattern) if path.is_file()]) == 1:
             return found[0]
     raise UserError(f"--embedding {source}: the folder holds no learned_embeds.safetensors; name the file itself.")
 
