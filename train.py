@@ -8,14 +8,17 @@ All that is learned is the new token's row (or rows) in the text encoder's token
 to the loop in `train`, then LearnedEmbedding and NoiseSchedule in model_utils.py, and draw_examples in data.py.
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":  # until training begins, also during the imports, Ctrl-C ends the program quietly
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
 import hashlib
 import itertools
 import json
 import math
-import shlex
-import signal
-import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,16 +37,19 @@ from model_utils import UserError
 # --- The method -------------------------------------------------------------------------------------------------------
 
 
-def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule):
+def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask=None):
     """Denoising loss of each image [B]. Edit this to try another loss.
 
     latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
-    token. Equation 2 of Gal et al. 2022, the mean squared error of DDPM (Ho et al. 2020, equation 14).
+    token; mask [B, 1, h, w], how much each latent pixel counts (all alike without it). Equation 2 of Gal et al. 2022,
+    the mean squared error of DDPM (Ho et al. 2020, equation 14).
     """
     noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample  # [B, 4, h, w]
     target = schedule.target(latents, noise, timesteps)  # the noise itself, or v
-    return (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # [B]
+    error = (noise_pred.float() - target.float()).square()  # [B, 4, h, w]
+    weight = torch.ones_like(error) if mask is None else mask
+    return (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))  # [B]
 
 
 def sample_timesteps(batch_size, num_train_timesteps, generator, sampling):
@@ -58,13 +64,13 @@ def sample_timesteps(batch_size, num_train_timesteps, generator, sampling):
 
 
 def learning_rate(step, args):
-    """The learning rate of step 0, 1, ... --steps - 1: linear warm-up, then the schedule."""
+    """The learning rate of step 0, 1, ... --steps - 1: linear warm-up (not with "constant"), then the schedule."""
     peak = args.lr * (args.batch_size * args.grad_accum if args.scale_lr else 1)
-    if step < args.lr_warmup_steps:
+    if step < args.lr_warmup_steps and args.lr_scheduler != "constant":
         return peak * (step + 1) / args.lr_warmup_steps
     done = (step - args.lr_warmup_steps) / max(1, args.steps - args.lr_warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return peak * factor[args.lr_scheduler]
+    factor = {"linear": 1 - done, "polynomial": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return peak * factor.get(args.lr_scheduler, 1.0)
 
 
 def step_generator(seed, step):
@@ -80,9 +86,10 @@ MAX_BAD_STEPS = 20  # gradients in a row that are not finite
 
 class Dataset(NamedTuple):
     cache: data.LatentCache  # the images as latents
-    template_ids: torch.Tensor  # [T, L], the captions as tokens
-    fingerprint: str  # of the images, to recognize them on resume
-    examples: list  # the first four as PIL images
+    token_ids: torch.Tensor  # [N, T, L], T captions of each image as tokens
+    fingerprint: str  # of the images, masks and captions, to recognize them on resume
+    examples: list  # the first ones as PIL images, for the previews
+    summary: str  # of what there is, for the first line of the run
 
 
 class Batch(NamedTuple):
@@ -90,45 +97,92 @@ class Batch(NamedTuple):
     noise: torch.Tensor  # [B, 4, h, w]
     timesteps: torch.Tensor  # [B]
     token_ids: torch.Tensor  # [B, L]
+    mask: torch.Tensor  # [B, 1, h, w]
+
+    def strided(self, start, stride):
+        """Every stride-th example: like the whole batch, they cover the whole range of timesteps."""
+        return Batch(*(tensor[start::stride] for tensor in self))
 
 
 def load_dataset(args, tokenizer, placeholders, device):
     """Encode images and captions once. The VAE is freed again; --resolution is set to the model's own if not given."""
-    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
-    captions = [template.format(args.placeholder_token) for template in templates]
-    template_ids = mu.tokenize(tokenizer, captions, placeholders)
     vae = mu.load_vae(args.model, device, revision=args.revision, variant=args.variant)
     factor = mu.vae_factor(vae)
     args.resolution = args.resolution or min(mu.native_size(mu.read_unet_config(args.model, args.revision), vae))
     if args.resolution % factor:
         raise UserError(f"--resolution {args.resolution}: this model needs a multiple of {factor} pixels.")
-    images = data.load_images(args.images, args.resolution)  # [N, 3, R, R]
-    fingerprint = hashlib.sha256(images.numpy()).hexdigest()
-    return Dataset(data.encode_dataset(vae, images), template_ids, fingerprint, mu.to_pil(images[:4]))
+    images, masks, paths = data.load_training_images(args.images, args.resolution, args.masks)
+    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
+    captions, choices, source = data.load_captions(paths, args.placeholder_token, templates, args.templates)
+    token_ids = mu.tokenize(tokenizer, captions, placeholders)[choices]  # [N, T, L]
+    fingerprint, summary = hashlib.sha256(images.numpy()), f"{len(images)} images"
+    if source:
+        fingerprint.update(repr((captions, choices.tolist())).encode())
+        summary += f", {source}"
+    if (masks < 1).any():
+        fingerprint.update(masks.numpy())
+        summary += f", {sum(mask.min() < 1 for mask in masks)} of them masked or transparent in parts"
+    cache, examples = data.encode_dataset(vae, images, masks), mu.to_pil(images[: args.num_validation_images])
+    return Dataset(cache, token_ids, fingerprint.hexdigest(), examples, summary)
 
 
 def draw_batch(dataset, batch_size, schedule, step, args):
     """Everything random in a step -> Batch, on the CPU."""
     generator = step_generator(args.seed, step)
-    latents, noise, token_ids = data.draw_examples(dataset.cache, dataset.template_ids, batch_size, generator)
+    latents, noise, token_ids, mask = data.draw_examples(dataset.cache, dataset.token_ids, batch_size, generator)
     timesteps = sample_timesteps(batch_size, schedule.num_train_timesteps, generator, args.timestep_sampling)
-    return Batch(latents, noise, timesteps, token_ids)
+    return Batch(latents, noise, timesteps, token_ids, mask)
 
 
 def batch_loss(components, batch):
     """The loss [B] of a batch, which is moved to the device here."""
     device, dtype = components.unet.device, components.unet.dtype
-    latents, noise, timesteps, token_ids = (mu.to_device(tensor, device) for tensor in batch)
+    latents, noise, timesteps, token_ids, mask = (mu.to_device(tensor, device) for tensor in batch)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         text_embeddings = mu.encode_tokens(components.text_encoder, token_ids)  # [B, L, dim]
-        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, components.schedule).float()
+        schedule = components.schedule
+        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
+
+
+def backward(components, batch, total, size, scaler):
+    """Accumulate a batch's part of the gradient of the mean loss of `total` images, `size` at a time -> losses [B]."""
+    losses, parts = torch.zeros(len(batch.latents), device=components.unet.device), math.ceil(len(batch.latents) / size)
+    for i in range(parts):
+        loss = batch_loss(components, batch.strided(i, parts))  # [size]
+        scaler.scale(loss.sum() / total).backward()  # reaches learned_rows: all else is frozen
+        losses[i::parts] = loss.detach()
+    return losses
+
+
+def backward_within_memory(components, batch, total, size, scaler, learned_rows):
+    """`backward`, with half the size as often as the device runs out of memory -> losses [B], size that fits."""
+    while True:
+        try:
+            return backward(components, batch, total, size, scaler), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        size = math.ceil(min(size, len(batch.latents)) / 2)  # not in the except block: it keeps the activations
+        learned_rows.grad = None
+        torch.cuda.empty_cache()
+        print(f"note: out of memory; a step now takes {size} of its images at a time, with the same result")
+
+
+def exchange_gradient(learned_rows, interrupted):
+    """Sum the gradient over all processes (a few KB) -> True if Ctrl-C has come to one of them."""
+    if learned_rows.grad is None:  # more processes than images
+        learned_rows.grad = torch.zeros_like(learned_rows)
+    flag = torch.tensor([float(interrupted)], device=learned_rows.device)
+    total = mu.sum_over_processes(torch.cat([learned_rows.grad.flatten(), flag]))
+    learned_rows.grad.copy_(total[:-1].view_as(learned_rows))
+    return bool(total[-1] > 0)
 
 
 @torch.no_grad()
-def evaluation_loss(components, batch, batch_size):
+def evaluation_loss(components, batch, size):
     """The mean loss of the evaluation batch: always the same examples, while the loss of the steps is noisy."""
-    parts = zip(*(tensor.split(batch_size) for tensor in batch), strict=True)
-    return torch.cat([batch_loss(components, Batch(*part)) for part in parts]).mean().item()
+    parts = zip(*(tensor.split(size) for tensor in batch), strict=True)
+    return torch.cat([batch_loss(components, Batch(*part)) for part in parts]).mean()
 
 
 def has_converged(eval_losses, window=15, fraction=0.15):
@@ -144,6 +198,21 @@ def has_converged(eval_losses, window=15, fraction=0.15):
         return varies_little
     error = math.sqrt((np.var(before) + np.var(last)) / (window - 1))
     return varies_little or np.mean(before) - np.mean(last) < error
+
+
+def announce(args, dataset, device, vocabulary_rms):
+    """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
+    rates = [learning_rate(step, args) for step in range(args.steps)]
+    what = (
+        f"{dataset.summary}, {args.steps} steps of {args.batch_size * args.grad_accum}, learning rate {max(rates):.2g}"
+    )
+    print(f"training   {what} ({args.lr_scheduler}), {args.timestep_sampling} timesteps, {args.precision} on {device}")
+    recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
+    recipe.lr = recipe.lr or vocabulary_rms
+    usual = sum(learning_rate(step, recipe) for step in range(recipe.steps))
+    if not 0.4 < sum(rates) / usual < 2.5:
+        sums = f"{sum(rates):.2g}, those of --recipe {args.recipe} to {usual:.2g}"
+        print(f"note: the learning rates of all steps add up to {sums}: check --lr, --steps and --scale_lr")
 
 
 def describe_rows(learned_rows, init_rows, table, tokenizer):
@@ -162,13 +231,16 @@ def with_vae(components, args):
 
 
 def preview(components, run):
-    """Add four images of the token as it is now to preview.png. One that fails is reported and costs no step."""
+    """Add images of the token as it is now to preview.png. A preview that fails is reported and costs no step."""
     args = run.args
+    if run.rank > 0:
+        return
     prompt = args.preview_prompt or sample.PHOTO_PROMPT[args.learnable_property].format(args.placeholder_token)
     settings = {**mu.sampling_defaults(args.model), "height": args.resolution, "width": args.resolution}
-    seeds = range(args.seed, args.seed + 4)
+    count = args.num_validation_images
+    seeds = range(args.seed, args.seed + count)
     try:
-        images = sample.generate(with_vae(components, args), [prompt] * 4, seeds, progress=False, **settings)
+        images = sample.generate(with_vae(components, args), [prompt] * count, seeds, progress=False, **settings)
         run.add_preview(list(images))
     except (UserError, RuntimeError, MemoryError) as error:  # no memory left, a full disk
         print(f"warning: no preview of step {run.step} ({error})", file=sys.stderr)
@@ -195,12 +267,13 @@ def catch_ctrl_c():
 
 def train(args):
     """Learn the token -> the run's folder. UserError if it cannot be done; SystemExit (130) after Ctrl-C."""
-    # 1. The data, and the frozen model with new rows, which start as copies of the initializer token's
+    # 1. The data, and the frozen model with new rows, which start as the initializer token's
     device = mu.choose_device(args.device)
+    rank, processes = mu.join_processes(device)
     dtype = mu.choose_dtype(args.precision, device)
     args.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]  # kept on resume
     tokenizer = mu.load_tokenizer(args.model, args.revision)
-    init_id = mu.initializer_id(tokenizer, args.initializer_token)
+    mu.initializer_ids(tokenizer, args.initializer_token)  # fails early
     token_ids = mu.add_placeholder(tokenizer, args.placeholder_token, args.num_vectors)
     placeholders = {args.placeholder_token: token_ids}
     schedule = mu.load_schedule(args.model, args.revision).to(device)
@@ -210,7 +283,9 @@ def train(args):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     table = text_encoder.get_input_embeddings().weight  # [V, dim]
-    init_rows = table[[init_id] * args.num_vectors].float()  # [n, dim]
+    vocabulary_rms = table.float().square().mean().sqrt().item()
+    args.lr = args.lr or vocabulary_rms  # of --recipe fast
+    init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
     components = mu.Components(tokenizer, text_encoder, None, unet, schedule, placeholders)
     training = components._replace(unet=mu.compile_unet(unet)) if args.compile else components
@@ -220,31 +295,34 @@ def train(args):
     # fp16 gradients are scaled up so that they do not vanish; else the scale is 1 and only infinite ones are skipped
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
-    run = Run(args, dataset, learned_rows, optimizer, scaler)
+    run = Run(args, dataset, mu.fingerprint(text_encoder, unet), learned_rows, optimizer, scaler, rank)
+    announce(args, dataset, device, vocabulary_rms)
+    if args.preview_prompt and rank == 0:
+        sample.check_prompts(components, [args.preview_prompt])
     if args.preview_steps and run.step == 0:
         preview(components, run)
 
     # 3. The loop
+    total, size = args.batch_size * args.grad_accum, args.batch_size  # images in a step, and at a time
     eval_batch = draw_batch(dataset, args.batch_size * math.ceil(4 / args.batch_size), schedule, EVAL_SEED, args)
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
-    bar = tqdm(total=args.steps, initial=run.step, desc=f"learning {args.placeholder_token}", disable=None)
+    bar = tqdm(total=args.steps, initial=run.step, desc=f"learning {args.placeholder_token}", disable=rank > 0 or None)
     finished = run.step >= args.steps or run.has_converged()
     with catch_ctrl_c() as interrupted, bar:
         while not finished:
-            batch = draw_batch(dataset, args.batch_size * args.grad_accum, schedule, run.step, args)
-            for i in range(args.grad_accum):  # strided: each micro-batch covers the whole range of timesteps
-                micro_batch = Batch(*(tensor[i :: args.grad_accum] for tensor in batch))
-                loss = batch_loss(training, micro_batch)  # [B]
-                scaler.scale(loss.mean() / args.grad_accum).backward()  # reaches learned_rows: all else is frozen
-                quarters = mu.to_device(micro_batch.timesteps * 4 // schedule.num_train_timesteps, device)
-                loss_sums.index_add_(1, quarters, torch.stack([loss.detach(), torch.ones_like(loss)]))
+            batch = draw_batch(dataset, total, schedule, run.step, args).strided(rank, processes)
+            losses, size = backward_within_memory(training, batch, total, size, scaler, learned_rows)  # [B]
+            if processes > 1 and exchange_gradient(learned_rows, bool(interrupted)):
+                interrupted.append(True)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_([learned_rows], 1.0)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(run.step, args)
             scaler.step(optimizer)  # skipped if the gradient is not finite
             scaler.update(None if fp16 else 1.0)
             optimizer.zero_grad()
+            quarters = mu.to_device(batch.timesteps * 4 // schedule.num_train_timesteps, device)
+            loss_sums.index_add_(1, quarters, torch.stack([losses, torch.ones_like(losses)]))
             bad_steps = torch.where(grad_norm.isfinite(), 0, bad_steps + 1)
             run.step += 1
             bar.update()
@@ -253,31 +331,32 @@ def train(args):
             if not (finished or any(run.is_due(n) for n in (args.log_steps, args.save_steps, args.preview_steps))):
                 continue
             run.refuse_broken_rows()  # from here on the loop waits for the device
-            sums, counts = loss_sums.tolist()
+            sums, counts = mu.sum_over_processes(loss_sums).tolist()
             loss_sums.zero_()
-            row = {"step": run.step, "loss": sum(sums) / sum(counts)}
-            row["eval_loss"] = evaluation_loss(components, eval_batch, args.batch_size)
+            eval_loss = mu.sum_over_processes(evaluation_loss(components, eval_batch, size)).item() / processes
+            row = {"step": run.step, "loss": sum(sums) / sum(counts), "eval_loss": eval_loss}
             row["loss_by_timestep"] = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
             row |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped_steps": run.skipped_steps()}
             run.log(row | describe_rows(learned_rows, init_rows, table, tokenizer), bar)
             finished = finished or run.has_converged()
             if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not interrupted:
                 preview(components, run)
-            if finished or run.is_due(args.save_steps) or bad_steps >= MAX_BAD_STEPS:
-                run.save()
+            last = finished or bool(bad_steps >= MAX_BAD_STEPS)
+            if last or run.is_due(args.save_steps):
+                run.save(last)
             if bad_steps >= MAX_BAD_STEPS:
                 count = int(bad_steps)
                 raise UserError(f"{count} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
 
     # 4. How well it went
+    mu.leave_processes()
     if interrupted:
-        folder = shlex.quote(run.folder.as_posix())
-        command = f"python train.py --resume --output_dir {folder}"
+        command = f"python train.py --resume --output_dir {mu.quote(run.folder.as_posix())}"
         print(f"stopped after step {run.step}, all is saved; continue with: {command}")
         sys.exit(130)
     if run.step < args.steps:
         print(f"converged after step {run.step} (--early_stop)")
-    if args.score and Path(args.model, "clip").is_dir():
+    if args.score and Path(args.model, "clip").is_dir() and rank == 0:
         options = ["--score", "--embedding", str(run.folder), "--seed", str(args.seed), "--device", args.device]
         sample.run(sample.build_parser().parse_args([*options, "--batch_size", "32"]))
     run.finish()
@@ -288,57 +367,74 @@ def train(args):
 
 EMBEDDING_FILES = ["learned_embeds.safetensors", "learned_embeds.bin"]
 RUN_FILES = ["state.pt", *EMBEDDING_FILES, "log.jsonl", "preview.png", "curves.png", "scores.json", "config.json"]
+CURVES = {
+    "eval_loss": "evaluation loss", "loss": "training loss", "grad_norm": "norm of the gradient",
+    "embedding_norm": "norm of the embedding", "cosine_to_init": "cosine to the initializer",
+}  # fmt: skip
 PREVIEW_ROWS = 20  # the newest ones: a preview takes as long at step 100,000 as at step 100
 
 
 class Run:
-    """The folder of a run: checkpoint, embedding, log, preview. One that is resumed restores what learns."""
+    """The folder of a run: checkpoint, embedding, log, preview. One that is resumed restores what learns.
 
-    def __init__(self, args, dataset, learned_rows, optimizer, scaler):
-        self.args, self.dataset, self.folder = args, dataset, claim_folder(args)
+    Of several processes only the one of rank 0 writes.
+    """
+
+    def __init__(self, args, dataset, model_fingerprint, learned_rows, optimizer, scaler, rank):
+        self.args, self.dataset, self.model_fingerprint, self.rank = args, dataset, model_fingerprint, rank
         self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
-        self.step, self.log_rows, self.tensorboard = 0, [], None
-        if args.resume and (self.folder / "state.pt").exists():  # if it was killed before its first save it starts anew
+        self.step, self.log_rows, self.unwritten, self.new_previews, self.tensorboard = 0, [], "", [], None
+        self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
+        resumed = args.resume and (self.folder / "state.pt").exists()  # if it was killed before its first save: anew
+        if resumed:
             self.restore()
-            self.save()  # a kill can have come between the checkpoint and the embedding
-        else:
+        if rank > 0:
+            return
+        if not resumed:
             self.clear()
-        config = {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")}
-        config["images"] = str(Path(args.images).resolve())  # found from any folder
+        config = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
+        for name in ("images", "masks", "templates"):  # found from any folder
+            config[name] = config[name] and str(Path(config[name]).resolve())
         config["model"] = mu.name_of_model(args.model)
-        self.write("config.json", json.dumps(config, indent=1, ensure_ascii=False))
-        self.write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.log_rows))
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text.encode()))
+        lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
+        mu.atomic_write(self.folder / "log.jsonl", lambda buffer: buffer.write(lines.encode()))
+        if resumed:
+            self.save()  # a kill can have come between the checkpoint and the embedding
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(self.folder, purge_step=self.step + 1)
 
-    def write(self, name, text):
-        mu.atomic_write(self.folder / name, lambda buffer: buffer.write(text.encode()))
-
     def clear(self):
         """Remove what an earlier run left behind (--overwrite)."""
-        try:
-            events = self.folder.glob("events.out.tfevents*") if self.args.overwrite else []
-            for path in [*(self.folder / name for name in RUN_FILES), *events]:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {self.folder} ({error.strerror}): choose another folder.") from error
+        events = self.folder.glob("events.out.tfevents*") if self.args.overwrite else []
+        for path in [*(self.folder / name for name in RUN_FILES), *events]:
+            path.unlink(missing_ok=True)
 
     def restore(self):
-        """Load the checkpoint, and the log up to its step. UserError if the images are others."""
+        """Load the checkpoint, and the log up to its step. UserError if it is of another run."""
         state = load_state(self.folder)
         if state["images"] != self.dataset.fingerprint:
             raise UserError(f"--images {self.args.images}: these are not the images that {self.folder} began with.")
-        self.learned_rows.data.copy_(state["rows"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state["model"] != self.model_fingerprint:
+            raise UserError(f"--model {self.args.model}: this is not the model that {self.folder} began with.")
+        rows, moments = state["rows"], state["optimizer"]["state"].get(0, {})
+        fits = all(value.shape in ((), rows.shape) and value.isfinite().all() for value in [rows, *moments.values()])
+        if state["token"] != self.args.placeholder_token or rows.shape != self.learned_rows.shape or not fits:
+            raise UserError(f"--resume: {self.folder}/state.pt is not of the run in config.json; start another run.")
+        self.learned_rows.data.copy_(rows)
+        groups = self.optimizer.state_dict()["param_groups"]  # settings are ours, only numbers come from the file
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
-        self.step = state["step"]
-        log_path = self.folder / "log.jsonl"
-        for line in log_path.read_text().splitlines() if log_path.exists() else []:
-            with suppress(ValueError):  # a kill or a full disk can leave half a line at the end
+        self.step, log = state["step"], self.folder / "log.jsonl"
+        for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+            with suppress(ValueError, TypeError, KeyError, AttributeError):  # half a line, or a stranger's
                 row = json.loads(line)
-                self.log_rows += [row] if row["step"] <= self.step else []
+                numbers = [row[name] for name in CURVES]
+                if row["step"] <= self.step and all(isinstance(x, float | int | None) for x in numbers):
+                    self.log_rows.append(row)
 
     def refuse_broken_rows(self):
         """UserError if the embedding is not finite: it is never saved."""
@@ -348,33 +444,49 @@ class Run:
                 f"--lr {lr}: the embedding is not finite any more; try a lower one. What was saved is kept."
             )
 
-    def save(self):
-        """Write the checkpoint (a few KB: rows, optimizer, scaler, step), then the embedding."""
+    def save(self, last=True):
+        """Write the checkpoint (a few KB: rows, optimizer, scaler, step), then the embedding.
+
+        UserError if that fails at the last save of a run; before it another follows.
+        """
         self.refuse_broken_rows()
-        state = {"rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
-        state |= {"scaler": self.scaler.state_dict(), "step": self.step, "images": self.dataset.fingerprint}
-        mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(state, buffer))
-        for name in EMBEDDING_FILES if self.args.save_bin else EMBEDDING_FILES[:1]:
-            base_model = mu.name_of_model(self.args.model)
-            mu.save_embedding(self.folder / name, self.args.placeholder_token, self.learned_rows, base_model)
+        if self.rank > 0:
+            return
+        token, base_model = self.args.placeholder_token, mu.name_of_model(self.args.model)
+        state = {"token": token, "rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
+        state |= {"scaler": self.scaler.state_dict(), "step": self.step}
+        state |= {"images": self.dataset.fingerprint, "model": self.model_fingerprint}
+        try:
+            mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(state, buffer))
+            for name in EMBEDDING_FILES if self.args.save_bin else EMBEDDING_FILES[:1]:
+                mu.save_embedding(self.folder / name, token, self.learned_rows, base_model)
+        except UserError as error:  # a full disk; on Windows also a file that another program holds open
+            if last:
+                raise
+            print(f"warning: step {self.step} is not saved, a later one will be ({error})", file=sys.stderr)
 
     def log(self, row, bar):
         """Add a line to log.jsonl; NaN and infinite numbers become null. Without a terminal the line is printed too."""
         row = json.loads(json.dumps(row), parse_constant=lambda name: None)
         self.log_rows.append(row)
+        if self.rank > 0:
+            return
+        self.unwritten += json.dumps(row) + "\n"
         try:
             with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(self.unwritten)
+            self.unwritten = ""
         except OSError as error:
-            raise UserError(f"cannot write log.jsonl ({error.strerror}): make room, then --resume.") from error
+            print(f"warning: cannot write log.jsonl yet ({error.strerror})", file=sys.stderr)
         if self.tensorboard:
             for name, value in row.items():
                 if isinstance(value, float):
                     self.tensorboard.add_scalar(name, value, self.step)
-        losses = {"loss": row["loss"], "eval_loss": row["eval_loss"], "norm": row["embedding_norm"]}
-        bar.set_postfix(losses, refresh=False)
+        names = ("loss", "eval_loss", "embedding_norm")
+        text = ", ".join(f"{name} {float('nan') if row[name] is None else row[name]:.4f}" for name in names)
+        bar.set_postfix_str(text, refresh=False)
         if bar.disable:
-            print(f"step {self.step}/{self.args.steps}", *(f"{k} {v}" for k, v in losses.items()), file=sys.stderr)
+            print(f"step {self.step}/{self.args.steps}: {text}", file=sys.stderr)
 
     def is_due(self, every):
         return every > 0 and self.step % every == 0
@@ -389,53 +501,72 @@ class Run:
 
     def add_preview(self, images):
         """Add a row of PIL images to preview.png, below the training images and the earlier rows."""
-        row = sample.image_grid(images, 4, [f"step {self.step}"])
-        steps, rows = [], [sample.image_grid(self.dataset.examples, 4, ["training images"])]
+        self.new_previews.append((self.step, sample.image_grid(images, len(images), [f"step {self.step}"])))
+        self.write_previews()
+
+    def write_previews(self):
+        """Write preview.png with the new rows, which wait for another time if that fails."""
+        if not self.new_previews:
+            return
+        first, row = self.new_previews[0]
+        columns = self.args.num_validation_images
+        steps, rows = [], [sample.image_grid(self.dataset.examples, columns, ["training images"])]
         with suppress(Exception):  # there is none yet, or it is damaged: begin anew
             with Image.open(self.folder / "preview.png") as sheet:
                 for i, step in enumerate(json.loads(sheet.text["steps"])[1 - PREVIEW_ROWS :], 1):
-                    if step < self.step:  # later ones are from before the resume
+                    if step < first and sheet.width == row.width:  # later ones are from before the resume
                         rows.append(sheet.crop((0, i * row.height, row.width, (i + 1) * row.height)))
                         steps.append(step)
-        sheet = Image.new("RGB", (row.width, row.height * (len(rows) + 1)), "white")
-        for i, strip in enumerate([*rows, row]):
+        steps += [step for step, _ in self.new_previews]
+        rows += [row for _, row in self.new_previews]
+        sheet = Image.new("RGB", (row.width, row.height * len(rows)), "white")
+        for i, strip in enumerate(rows):
             sheet.paste(strip, (0, i * row.height))
-        sample.save_png(sheet, self.folder / "preview.png", {"steps": json.dumps([*steps, self.step])})
+        sample.save_png(sheet, self.folder / "preview.png", {"steps": json.dumps(steps)})
+        self.new_previews.clear()
 
     def finish(self):
-        """Plot the log and say where everything is, and what to do next."""
-        titles = {
-            "eval_loss": "evaluation loss", "loss": "training loss", "grad_norm": "norm of the gradient",
-            "embedding_norm": "norm of the embedding", "cosine_to_init": "cosine to the initializer",
-        }  # fmt: skip
-        panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in titles.items()}
-        sample.plot_curves(panels, self.folder / "curves.png")
+        """Plot the log and report. UserError if a file cannot be written at last."""
+        if self.rank > 0:
+            return
+        panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in CURVES.items()}
         if self.tensorboard:
             self.tensorboard.close()
+        try:
+            self.write_previews()  # only if that failed before
+            sample.plot_curves(panels, self.folder / "curves.png")
+        finally:
+            self.report()
+
+    def report(self):
+        """Print where everything is, and what to do next."""
         files = {"embedding": "learned_embeds.safetensors", "log": "log.jsonl", "curves": "curves.png"}
         for title, name in (files | {"preview": "preview.png"}).items():
             if (self.folder / name).exists():
                 print(f"{title:11}{self.folder / name}")
         prompt = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
         prompt = prompt[self.args.learnable_property].format(self.args.placeholder_token)
-        print(f'{"try next":11}python sample.py --embedding {shlex.quote(self.folder.as_posix())} --prompt "{prompt}"')
+        folder = mu.quote(self.folder.as_posix())
+        print(f"{'try next':11}python sample.py --embedding {folder} --prompt {mu.quote(prompt)}")
 
 
 def claim_folder(args):
-    """Make the run's folder: --output_dir, else the next free of runs/<token>, runs/<token>-2, ... -> its path."""
-    token = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_") or "token"
+    """Make the run's folder: --output_dir, else the next free of runs/<token>, runs/<token>-2, ... -> its path.
+
+    It is locked until the process ends. UserError if it cannot be made or another run is writing there.
+    """
+    token = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_")[:60] or "token"
     names = (f"{token}-{i}" if i > 1 else token for i in itertools.count(1))
-    folders = [Path(args.output_dir)] if args.output_dir else (Path("runs", name) for name in names)
-    for folder in folders:
+    for folder in [Path(args.output_dir)] if args.output_dir else (Path("runs", name) for name in names):
         try:
             folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
-            args.output_dir = str(folder)
-            return folder
         except FileExistsError:
-            continue  # of another run, perhaps begun at the same moment
-        except OSError as error:
-            raise UserError(f"--output_dir {folder} ({error.strerror}): choose another folder.") from error
-    raise UserError(f"--output_dir {args.output_dir} is a file: name a folder.")
+            if folder.is_dir():
+                continue  # of another run, perhaps begun at the same moment
+            raise UserError(f"--output_dir {folder} cannot be made: a file or broken link is in its way.") from None
+        mu.lock_folder(folder)
+        args.output_dir = str(folder)
+        return folder
 
 
 def load_state(folder):
@@ -445,48 +576,81 @@ def load_state(folder):
         raise UserError(f"--resume: there is no checkpoint {path}; name a run's folder or use --overwrite.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("rows", "optimizer", "scaler", "step", "images")}
+        kinds = {"token": str, "images": str, "model": str, "step": int, "rows": torch.Tensor}
+        kinds |= {"optimizer": dict, "scaler": dict}
+        if not all(isinstance(state[name], kind) for name, kind in kinds.items()) or state["step"] < 0:
+            raise ValueError
+        return state
+    except OSError:  # not readable: run_main says why
+        raise
     except Exception as error:
         raise UserError(f"--resume: the checkpoint {path} is damaged; start anew with --overwrite.") from error
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 
+# Two sets of defaults; an option that is given overrides its entry. The bundled model's folder names "fast", which was
+# found on it; "notebook" is what most people have used with Stable Diffusion 1 and 2 (Hugging Face's notebook).
+RECIPES = {
+    "notebook": {
+        "steps": 2000, "batch_size": 4, "lr": 2e-3, "lr_scheduler": "constant", "lr_warmup_steps": 0,
+        "timestep_sampling": "uniform",
+    },
+    "fast": {
+        "steps": 250, "batch_size": 8, "lr": None,  # None: the root mean square of the vocabulary's entries
+        "lr_scheduler": "cosine", "lr_warmup_steps": 10, "timestep_sampling": "cubic",
+    },
+}  # fmt: skip
+
 # What may change when a run is resumed. Anything else would change its course (more --steps stretch a decaying rate).
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
-FREE_TO_CHANGE |= {"output_dir", "resume", "overwrite", "gradient_checkpointing", "early_stop", "tensorboard"}
-FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the images themselves are compared
+FREE_TO_CHANGE |= {"output_dir", "gradient_checkpointing", "early_stop", "tensorboard", "num_validation_images"}
+# Files may have moved: the images, masks, captions and weights themselves are compared.
+FREE_TO_CHANGE |= {"images", "masks", "templates", "model"}
+NOT_STORED = {"resume", "overwrite", "num_train_epochs", "no_effect"}
+
+# Options of diffusers' script that change nothing here: accepted, and named in one line.
+NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf32 --use_8bit_adam --tokenizer_name
+--enable_xformers_memory_efficient_attention --save_as_full_pipeline --logging_dir --dataloader_num_workers --adam_beta1
+--adam_beta2 --adam_weight_decay --adam_epsilon --checkpoints_total_limit --validation_epochs --local_rank
+--lr_num_cycles""".split()
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
-COUNT, NATURAL = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
+COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
 
 
 def build_parser():
     parser = mu.Parser("Teach a frozen Stable Diffusion a new token from a few images (textual inversion).")
-    concept = str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     add = parser.add_argument_group("model and concept").add_argument
     # fmt: off
     add("--model", "--pretrained_model_name_or_path", default=mu.DEFAULT_MODEL, help="folder or Hub id")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--images", "--train_data_dir", default=concept, help="folder of training images; 3 to 9 are usual")
+    add("--images", "--train_data_dir", help="folder of training images, 3 to 9 are usual, or one image; transparent "
+        "parts do not count (default: the bundled kat)")
+    add("--masks", help="folder of masks with the names of the images: white parts count, black ones do not")
+    add("--templates", help="file of captions, one a line, with {} for the token (default: built-in ones, or for "
+        "NAME.jpg the lines of NAME.txt beside it, where the token is put in front if there is no {})")
     add("--placeholder_token", default="<kat>", help="the new token")
-    add("--initializer_token", default="cat", help="token of the model that the new one starts as a copy of")
+    add("--initializer_token", help="word (or embedding file) that the new token starts as (default: cat, for the kat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
-    add("--num_vectors", type=COUNT, default=1, help="embedding vectors of the token")
-    add("--resolution", type=COUNT, help="size of the training images in pixels (default: the model's own)")
-    add("--center_crop", action="store_true", help=argparse.SUPPRESS)  # images are always cropped
-    add = parser.add_argument_group("optimization").add_argument
-    add("--steps", "--max_train_steps", type=COUNT, default=250, help="optimizer steps")
-    add("--batch_size", "--train_batch_size", type=COUNT, default=8, help="images per forward and backward pass")
-    add("--grad_accum", "--gradient_accumulation_steps", type=COUNT, default=1, help="passes per optimizer step")
-    add("--lr", "--learning_rate", type=mu.number(float, 1e-12, 1e6), default=2e-2,
-        help="peak learning rate; 2e-3 is usual with Stable Diffusion 1 and 2")
+    add("--num_vectors", type=mu.number(int, 1, mu.MAX_VECTORS), default=1, help="embedding vectors of the token")
+    add("--resolution", type=mu.number(int, 1, 8192), help="size of the training images (default: the model's own)")
+    add = parser.add_argument_group("optimization (defaults by --recipe: notebook / fast)").add_argument
+    add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
+    add("--steps", "--max_train_steps", type=COUNT, help="optimizer steps (2000 / 250)")
+    add("--batch_size", "--train_batch_size", type=mu.number(int, 1, 4096),
+        help="images per pass, split when memory runs out (4 / 8)")
+    add("--grad_accum", "--gradient_accumulation_steps", type=mu.number(int, 1, 4096), default=1,
+        help="passes per optimizer step")
+    add("--lr", "--learning_rate", type=mu.number(float, 1e-12, 1e6), help="peak learning rate "
+        "(2e-3 / root mean square of the vocabulary's entries: .02 for the bundled model)")
     add("--scale_lr", action="store_true", help="multiply the learning rate by the images per step")
-    add("--lr_scheduler", choices=["constant", "linear", "cosine"], default="cosine", help="decay after the warm-up")
-    add("--lr_warmup_steps", type=NATURAL, default=10, help="steps of linear warm-up")
-    add("--timestep_sampling", choices=["cubic", "uniform"], default="cubic",
-        help="cubic favours high noise levels and learns sooner; uniform is the paper's")
+    add("--lr_scheduler", choices=["constant", "constant_with_warmup", "linear", "cosine", "polynomial"],
+        help="(constant / cosine)")
+    add("--lr_warmup_steps", type=COUNT_OR_ZERO, help="steps of linear warm-up (0 / 10)")
+    add("--timestep_sampling", choices=["uniform", "cubic"], help="uniform is the paper's; cubic favours high noise "
+        "levels and learns sooner (uniform / cubic)")
     add("--early_stop", action=FLAG, default=False, help="stop once the evaluation loss has plateaued")
     add("--seed", type=mu.number(int, 0, 2**63 - 1), default=0, help="random seed")
     add = parser.add_argument_group("hardware").add_argument
@@ -504,9 +668,19 @@ def build_parser():
     add("--save_bin", action=FLAG, default=False, help="also write learned_embeds.bin")
     add("--log_steps", type=COUNT, default=20, help="steps between lines of log.jsonl")
     add("--tensorboard", action=FLAG, default=False, help="also log to TensorBoard")
-    add("--preview_steps", "--validation_steps", type=NATURAL, default=100, help="steps between previews (0: none)")
+    add("--preview_steps", "--validation_steps", type=COUNT_OR_ZERO, default=100, help="steps between previews")
     add("--preview_prompt", "--validation_prompt", help="prompt of the previews (default: a photo of the token)")
     add("--score", action=FLAG, default=True, help="compute CLIP scores at the end, if the model has a clip/")
+    # What else commands for diffusers' script may hold: it means the same here, or is named as without effect
+    hidden = {"help": argparse.SUPPRESS}
+    add("--no_safe_serialization", action="store_true", dest="save_bin", default=argparse.SUPPRESS, **hidden)
+    add("--report_to", **hidden)
+    add("--num_validation_images", type=COUNT, default=4, **hidden)
+    add("--num_train_epochs", type=COUNT, **hidden)
+    add("--repeats", type=COUNT, default=100, **hidden)  # of the images in an epoch
+    for option in NO_EFFECT:
+        name = {"const": option, "type": lambda value, option=option: option}  # instead of its value
+        add(option, nargs="?", action="append", dest="no_effect", **name, **hidden)
     # fmt: on
     return parser
 
@@ -518,27 +692,53 @@ def parse_options(argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
-    if args.resume and args.overwrite:
+    if args.resume is not None and args.overwrite:
         raise UserError("--resume continues a run, --overwrite starts it anew: choose one.")
-    if args.resume:
+    if args.resume is not None:
         args = resumed_options(args, argv)
     elif args.output_dir and not args.overwrite:
         refuse_to_overwrite(args.output_dir)
+    if args.images and not args.initializer_token:
+        raise UserError(
+            "--images needs --initializer_token: a word for what they show, such as cat; the token starts as it."
+        )
+    args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
+    args.initializer_token = args.initializer_token or "cat"
+    if args.resume is None and args.output_dir:
+        folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
+        if images in [folder, *folder.parents]:
+            why = f"is in --images {args.images}: its images would be trained on next time"
+            raise UserError(f"--output_dir {args.output_dir} {why}; name a folder elsewhere.")
+    epochs = 0 if args.steps else args.num_train_epochs
+    args.recipe = args.recipe or mu.recipe_of(args.model)
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if epochs:
+        examples, per_step = len(data.list_images(args.images)) * args.repeats, args.batch_size * args.grad_accum
+        args.steps = epochs * math.ceil(examples / per_step)
+    if args.report_to == "tensorboard":
+        args.tensorboard = True
+    elif args.report_to not in (None, "none"):
+        args.no_effect = [*(args.no_effect or []), f"--report_to {args.report_to}"]
+    if args.no_effect:
+        print(f"note: without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
     if args.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
     if args.early_stop and args.steps <= 15 * args.log_steps:
-        print(
-            f"note: --early_stop needs more than {15 * args.log_steps} --steps, or fewer --log_steps", file=sys.stderr
-        )
+        more = f"more than {15 * args.log_steps} --steps, or fewer --log_steps"
+        print(f"note: --early_stop cannot take effect here: it needs {more}", file=sys.stderr)
     return args
 
 
 def resumed_options(args, argv):
     """The options of the run's config.json, followed by those of the command line. UserError if its course changes."""
     folder = args.output_dir or args.resume
+    if folder == "":
+        raise UserError("--resume names no folder: leave the name out, or name a run's folder.")
     if folder == "latest":
         named = any(word.startswith("--placeholder_token") for word in argv)
         runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
@@ -567,7 +767,7 @@ def resumed_options(args, argv):
     args.output_dir = folder
     args.precision = {"auto": before.precision, "no": "fp32"}.get(args.precision, args.precision)
     for name, value in vars(before).items():
-        if name not in FREE_TO_CHANGE and getattr(args, name) != value:
+        if name not in FREE_TO_CHANGE | NOT_STORED and getattr(args, name) != value:
             was = f"--{name} was {value!r} and is now {getattr(args, name)!r}"
             raise UserError(f"--resume would change the course of {folder}: {was}; leave it or start another run.")
     return args

@@ -362,6 +362,13 @@ def stage_unet(args):
     run.save()
 
 
+def save_half(module, folder):
+    """Half precision on the disk, which transformers loads as fp32 where no dtype is asked for, like diffusers."""
+    module.half().save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+
+
 def stage_export(args):
     """Write the half-precision model in diffusers' folder layout."""
     out = args.out
@@ -374,7 +381,7 @@ def stage_export(args):
     text_encoder = CLIPTextModel(CLIPTextConfig(**clip.config.text_config.to_dict()))
     text_encoder.load_state_dict(clip.text_model.state_dict())
     for module, part in ((vae, "vae"), (unet, "unet"), (text_encoder, "text_encoder"), (clip, "clip")):
-        module.half().save_pretrained(out / part)
+        save_half(module, out / part)
     (out / "scheduler").mkdir(exist_ok=True)
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     preprocess = {"size": {"shortest_edge": world.SIZE}, "crop_size": world.SIZE, "resample": 3}
@@ -430,7 +437,7 @@ def stage_scorer(args):
         return (of_text + F.cross_entropy(others, torch.arange(len(picks), device=clip.device))) / 2
 
     learn_clip(args, "scorer", clip, tokenizer, images, 5e-4, loss_of)
-    clip.half().save_pretrained(args.out / "clip")
+    save_half(clip, args.out / "clip")
 
 
 STAGES = {
