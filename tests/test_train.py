@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -144,10 +142,9 @@ def test_only_the_learned_rows_change(learn, tiny_model, monkeypatch):
         assert all(torch.equal(weight, after[name]) for name, weight in module.state_dict().items())
         others = [name for name, weight in kept[part].named_parameters() if weight.grad is not None]
         assert not [name for name in others if not name.endswith("learned_rows")]
-    init_row = (
-        fresh["text_encoder"].get_input_embeddings().weight[mu.initializer_id(mu.load_tokenizer(tiny_model), "cat")]
-    )
-    assert (read_rows(folder)[0] - init_row).norm() > 1e-3
+    init_ids = mu.initializer_ids(mu.load_tokenizer(tiny_model), "cat")
+    init_rows = fresh["text_encoder"].get_input_embeddings().weight[init_ids]
+    assert (read_rows(folder) - init_rows).norm() > 1e-3
 
 
 @pytest.mark.parametrize("num_vectors, shape", [(1, (32,)), (3, (3, 32))])
@@ -361,14 +358,3 @@ def test_rows_that_are_not_finite_are_never_saved(learn, monkeypatch):
     with pytest.raises(mu.UserError, match="--lr .* not finite any more"):
         learn("--save_steps", "2", "--log_steps", "1", steps=6)
     assert read_rows("run").isfinite().all() and read_state("run")["step"] == 2
-
-
-# --- As a user starts it ----------------------------------------------------------------------------------------------
-
-
-def test_the_command_runs_from_any_folder(tiny_model, image_folder, tmp_path):
-    argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--steps", "1"]
-    argv += ["--preview_steps", "0", "--no-score"]
-    done = subprocess.run([sys.executable, train.__file__, *argv], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "kat" / "learned_embeds.safetensors").exists()
