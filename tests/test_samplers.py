@@ -9,23 +9,23 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from model_utils import NoiseSchedule, UserError
 from sample import SAMPLERS, inference_timesteps, sample_latents
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 SPACINGS = ["leading", "linspace", "trailing"]
 
 
 def reference(sampler, **config):
     """diffusers' scheduler, configured as for Stable Diffusion."""
     if sampler == "ddim":
-        return DDIMScheduler(**SD | {"clip_sample": False, "set_alpha_to_one": False} | config)
+        return DDIMScheduler(**STABLE_DIFFUSION | {"clip_sample": False, "set_alpha_to_one": False} | config)
     if sampler == "ddpm":
-        return DDPMScheduler(**SD | {"clip_sample": False} | config)
-    return DPMSolverMultistepScheduler(**SD | config)
+        return DDPMScheduler(**STABLE_DIFFUSION | {"clip_sample": False} | config)
+    return DPMSolverMultistepScheduler(**STABLE_DIFFUSION | config)
 
 
 def ours(**config):
-    """The same schedule as ours, built from diffusers' numbers."""
-    scheduler = DDIMScheduler(**SD | config)
-    config = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False} | config
+    """The same schedule as a NoiseSchedule, built from diffusers' numbers."""
+    scheduler = DDIMScheduler(**STABLE_DIFFUSION | config)
+    config = {"timestep_spacing": "leading", "set_alpha_to_one": False} | config
     config.pop("rescale_betas_zero_snr", None)  # is in the numbers already
     return NoiseSchedule(scheduler.alphas_cumprod, **config)
 
@@ -73,13 +73,11 @@ def test_timesteps_are_diffusers_integers(sampler, spacing):
                       ("linspace", "dpm++"): [1000]}.get((spacing, sampler), [])  # fmt: skip
 
 
-@pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_schedule_without_a_spacing_gets_the_usual_one(sampler, offset):
-    scheduler = reference(sampler, steps_offset=offset)  # diffusers' default for this class
+def test_a_schedule_without_a_spacing_gets_the_samplers_usual_one(sampler):
+    scheduler = reference(sampler)  # with the spacing that is this class's default in diffusers
     scheduler.set_timesteps(20)
-    schedule = ours(steps_offset=offset, timestep_spacing=None)
-    assert inference_timesteps(schedule, 20, sampler) == scheduler.timesteps.tolist()
+    assert inference_timesteps(ours(timestep_spacing=None), 20, sampler) == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
@@ -94,7 +92,7 @@ def test_impossible_steps_are_refused(steps):
 def test_trajectories_equal_diffusers(sampler, spacing, prediction_type):
     config = {"timestep_spacing": spacing, "prediction_type": prediction_type}
     condition = torch.linspace(-1, 1, 3).view(3, 1, 1, 1)
-    for steps in (1, 2, 3, 14, 15, 25, 60):
+    for steps in (1, 2, 3, 14, 15, 25):
         latents, generators = start()
         denoise, schedule = toy(condition), ours(**config)
         timesteps = inference_timesteps(schedule, steps, sampler)
@@ -126,29 +124,16 @@ def test_ddim_ends_where_the_checkpoint_says(set_alpha_to_one):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_any_number_of_steps_makes_as_many_calls_and_a_finite_picture(sampler, spacing):
+def test_step_counts_that_diffusers_cannot_do_give_finite_latents(sampler, spacing):
     schedule = ours(timestep_spacing=spacing)
-    for steps in (1, 2, 3, 61, 500, 998, 999, 1000):  # 61 and 998: diffusers has one more when they are 'trailing'
-        (latents, generators), denoise = start(batch=1), toy(0.0)
+    for steps in (61, 999, 1000):
+        latents, generators = start(batch=1)
         timesteps = inference_timesteps(schedule, steps, sampler)
-        result = SAMPLERS[sampler](denoise, latents, timesteps, schedule, generators)
-        assert denoise.calls == steps and result.isfinite().all(), steps
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_does_not_depend_on_its_batch(sampler):
-    schedule = ours()
-    latents, generators = start()
-    together = SAMPLERS[sampler](toy(0.5), latents, inference_timesteps(schedule, 10, sampler), schedule, generators)
-    latents, generators = start()
-    for k in range(3):
-        timesteps = inference_timesteps(schedule, 10, sampler)
-        alone = SAMPLERS[sampler](toy(0.5), latents[k : k + 1], timesteps, schedule, generators[k : k + 1])
-        torch.testing.assert_close(alone[0], together[k], rtol=1e-4, atol=1e-5)
+        assert SAMPLERS[sampler](toy(0.0), latents, timesteps, schedule, generators).isfinite().all(), steps
 
 
 def test_the_exact_solution_is_approached():
-    """For data ~ N(0, 0.5^2) the way from noise to data is known: x shrinks with its standard deviation."""
+    """For data from N(0, 0.5^2) the trajectory is known: x shrinks with its standard deviation."""
     schedule, spread, (latents, _) = ours(timestep_spacing="trailing"), 0.5, start()
 
     def deviation(t):
@@ -173,7 +158,7 @@ def test_the_exact_solution_is_approached():
 
 
 class CountingUNet(torch.nn.Module):
-    """Stands in for diffusers' UNet: remembers how it was called."""
+    """In place of diffusers' UNet: linear in the condition, and remembers the batches it was called with."""
 
     dtype = torch.float32
 
@@ -183,27 +168,20 @@ class CountingUNet(torch.nn.Module):
 
     def forward(self, x, t, encoder_hidden_states):
         self.batches.append(len(x))
-        assert len(encoder_hidden_states) == len(x)
         out = 0.1 * x + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1)
         return type("Output", (), {"sample": out})
 
 
-@pytest.mark.parametrize("guidance, batch", [(0.0, 2), (1.0, 2), (1.01, 4), (7.5, 4)])
-def test_guidance_costs_a_doubled_batch_only_above_one(guidance, batch):
-    unet, (latents, _), ticks = CountingUNet(), start(2), []
-    text, negative = torch.full((2, 5, 8), 0.3), torch.zeros(2, 5, 8)
-    arguments = (ours(), text, negative, latents, 7, guidance, "ddim")
-    result = sample_latents(unet, *arguments, tick=lambda: ticks.append(1))
-    assert unet.batches == [batch] * 7 and len(ticks) == 7
-    assert result.shape == latents.shape and result.dtype == torch.float32
-    # the toy's answer is linear in the condition, so guidance multiplies it
-    condition = 0.3 * (guidance if guidance > 1 else 1)
+@pytest.mark.parametrize(
+    "guidance, batch, with_negative", [(0.0, 2, True), (1.0, 2, True), (1.01, 4, True), (7.5, 4, True), (7.5, 2, False)]
+)
+def test_guidance_doubles_the_batch_only_above_one(guidance, batch, with_negative):
+    unet, (latents, _), calls = CountingUNet(), start(2), []
+    text, negative = torch.full((2, 5, 8), 0.3), torch.zeros(2, 5, 8) if with_negative else None
+    options = {"callback": lambda: calls.append(1)}
+    result = sample_latents(unet, ours(), text, negative, latents, 7, guidance, "ddim", **options)
+    assert unet.batches == [batch] * 7 and len(calls) == 7
+    condition = 0.3 * (guidance if batch == 4 else 1)  # the prediction is linear in it, and the negative one is 0
     timesteps = inference_timesteps(ours(), 7, "ddim")
     expected = SAMPLERS["ddim"](lambda x, t: 0.1 * x + condition, latents, timesteps, ours())
     torch.testing.assert_close(result, expected)
-
-
-def test_without_negative_embeddings_there_is_no_guidance():
-    unet, (latents, _) = CountingUNet(), start(2)
-    sample_latents(unet, ours(), torch.zeros(2, 5, 8), None, latents, 3, 7.5, "dpm++")
-    assert unet.batches == [2] * 3

@@ -1,0 +1,165 @@
+"""Damaged settings in a model's folder: one sentence that names the file and the entry, never a traceback."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import model_utils as mu
+import sample
+import train
+
+SCHEDULE, UNET, TEXT = "scheduler/scheduler_config.json", "unet/config.json", "text_encoder/config.json"
+CLIP, INDEX = "clip/preprocessor_config.json", "model_index.json"
+ABSENT = object()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    """A folder with a copy of the tiny model, its images and a run of train.py."""
+    folder = tmp_path_factory.mktemp("settings")
+    shutil.copytree(tiny_model, folder / "model")
+    (folder / "images").mkdir()
+    Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(folder / "images" / "0.png")
+    mu.save_embedding(folder / "run" / "learned_embeds.safetensors", "<kat>", torch.ones(1, 32), "model")
+    config = {"model": str(folder / "model"), "placeholder_token": "<kat>", "images": str(folder / "images")}
+    (folder / "run" / "config.json").write_text(json.dumps(config | {"initializer_token": "cat", "resolution": 16}))
+    return folder
+
+
+@pytest.fixture
+def change(folder):
+    """change(file, {entry: value}) or change(file, text) -> the model's folder, as it was again afterwards."""
+    original = {}
+
+    def change(file, new):
+        path = folder / "model" / file
+        text = original.setdefault(path, path.read_text())
+        if isinstance(new, dict):
+            entries = json.loads(text) | new
+            new = json.dumps({name: value for name, value in entries.items() if value is not ABSENT})
+        path.write_text(new)
+        return folder / "model"
+
+    yield change
+    for path, text in original.items():
+        path.write_text(text)
+
+
+NO_JSON = {"": "cannot be read", "{": "cannot be read", "\x00": "cannot be read", "[" * 99_999: "cannot be read"}
+NO_JSON |= {"[]": "holds no JSON object", "null": "holds no JSON object", '"text"': "holds no JSON object"}
+NAN, INFINITE = float("nan"), float("inf")
+DAMAGED = {
+    SCHEDULE: {
+        "beta_schedule": [None, 0, [], ABSENT, "sigmoid"],
+        "beta_start": [None, "0.1", 0, -1, NAN, [0.1], True],
+        "beta_end": [None, 1, INFINITE],
+        "num_train_timesteps": [None, 0, 1, 1000.0, "1000", 10**9],
+        "trained_betas": [0, "0.1", [], [0.1, 0.2], [0.1] * 999 + [None], [0.0] * 1000, [0.01] * 999 + [NAN]],
+        "prediction_type": [None, "sample", "flow_prediction", 0],
+        "timestep_spacing": ["karras", 0, ["leading"]],
+        "set_alpha_to_one": [None, 0, "false"],
+        "rescale_betas_zero_snr": [None, 1],
+        "thresholding": [True],
+        "use_karras_sigmas": [True, "no"],
+        "use_exponential_sigmas": [True],
+        "use_beta_sigmas": [True],
+        "use_flow_sigmas": [True],
+        "use_lu_lambdas": [True],
+        "algorithm_type": ["sde-dpmsolver++", "dpmsolver", None],
+        "solver_type": ["heun"],
+        "solver_order": [1, 3, None, [2]],
+        "final_sigmas_type": ["sigma_min", None],
+        "lambda_min_clipped": [-5.1],
+        "variance_type": ["learned", "fixed_large"],
+    },
+    UNET: {"sample_size": [0, -8, "8", 8.0, True, [], [8], [8, 8, 8], [8, None], [8, 0], {}]},
+    TEXT: {"max_position_embeddings": [None, 0, 2, "32", 32.0, [32], NAN]},
+    INDEX: {"_sampling": [None, 0, [], "fast"], "steps": [None, 0, 2.5, "25"], "guidance": [None, "7.5", NAN, [7.5]]},
+    CLIP: {
+        "crop_size": [ABSENT, None, 0, "16", [16], {}, {"height": None}, 1e9],
+        "image_mean": [ABSENT, None, 0.5, [], [0.5, 0.5], [0.5, 0.5, NAN], ["0.5"] * 3],
+        "image_std": [ABSENT, [0, 0, 0], [0.5, 0.5, None]],
+    },
+}
+CASES = [(file, entry, value) for file in DAMAGED for entry, values in DAMAGED[file].items() for value in values]
+
+
+def error_of(main, argv, capsys):
+    """Run a script, expect exit code 2 and one sentence; return it."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step 1/1")]
+    assert stop.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+def read_by_both(file, folder, capsys):
+    """What sample.py and train.py say of the model in a folder."""
+    score = ["--score", "--num_images", "1"] if file == CLIP else []
+    yield error_of(sample.main, ["--embedding", str(folder / "run"), "--steps", "1", *score], capsys)
+    argv = ["--model", str(folder / "model"), "--images", str(folder / "images"), "--initializer_token", "cat"]
+    argv += ["--steps", "1", "--batch_size", "1", "--output_dir", str(folder / "new"), "--overwrite"]
+    yield error_of(train.main, argv + (["--preview_steps", "0"] if file == CLIP else []), capsys)
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_both_scripts_name_a_damaged_file_and_entry(file, folder, change, capsys):
+    entry, (*_, value) = next(iter(DAMAGED[file].items()))
+    for new, named in (({entry: value}, f"'{entry}' is"), ("{", "cannot be read"), ("[]", "holds no JSON object")):
+        change(file, new)
+        for error in read_by_both(file, folder, capsys):
+            assert file in error and named in error, error
+
+
+LOADERS = {
+    SCHEDULE: mu.load_schedule,
+    UNET: lambda model: mu.native_size(mu.read_unet_config(model), mu.load_vae(model, "cpu")),
+    TEXT: mu.load_tokenizer,
+    INDEX: mu.sampling_defaults,
+    CLIP: sample.load_clip,
+}
+
+
+@pytest.mark.parametrize("file, entry, value", CASES)
+def test_every_damaged_entry_is_named(file, entry, value, change):
+    new = {"_sampling": {entry: value}} if entry in ("steps", "guidance") else {entry: value}
+    with pytest.raises(mu.UserError) as caught:
+        LOADERS[file](change(file, new))
+    sentence = str(caught.value)
+    assert file in sentence and f"'{entry}' is" in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_a_damaged_file_is_named(file, change):
+    for text, named in NO_JSON.items():
+        with pytest.raises(mu.UserError) as caught:
+            LOADERS[file](change(file, text))
+        assert file in str(caught.value) and named in str(caught.value)
+
+
+def test_betas_that_leave_only_noise_are_refused(change):
+    with pytest.raises(mu.UserError, match="scheduler_config.json: its betas turn too many timesteps into pure noise"):
+        mu.load_schedule(change(SCHEDULE, {"beta_end": 0.9}))
+
+
+DEIS = {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2, "use_karras_sigmas": False}
+DPM = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "variance_type": None, "final_sigmas_type": "zero"}
+
+
+@pytest.mark.parametrize("entries", [DEIS, DPM | {"lambda_min_clipped": -INFINITE, "thresholding": False}])
+def test_the_usual_schedulers_of_checkpoints_are_accepted(entries, change):
+    assert mu.load_schedule(change(SCHEDULE, entries)).num_train_timesteps == 1000
+
+
+@pytest.mark.parametrize("size, pixels", [(8, (16, 16)), ([8, 8], (16, 16)), ([8, 12], (16, 24)), (None, (16, 16))])
+def test_the_native_size_is_that_of_the_unet_or_else_of_the_vae(size, pixels, change):
+    for value in (size, ABSENT) if size is None else (size,):
+        model = change(UNET, {"sample_size": value})
+        components = mu.load_components(model)
+        assert mu.native_size(mu.read_unet_config(model), components.vae) == pixels
+        (image,) = sample.generate(components, ["a cat"], [0], steps=1)
+        assert image.size == pixels[::-1]
