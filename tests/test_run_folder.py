@@ -11,7 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import read_rows, read_state
+from conftest import read_rows
 from PIL import Image
 
 import model_utils as mu
@@ -271,12 +271,6 @@ def test_mistakes_get_one_sentence(options, said, tiny_model, image_folder, tmp_
     assert not Path("runs").exists() and Path("file").read_text() == "precious"
 
 
-def test_a_cpu_without_bf16_is_told_to_use_fp32(tiny_model, image_folder, monkeypatch, refused):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--device", "cpu"]
-    assert "use --precision fp32" in refused([*argv, "--precision", "bf16"])
-
-
 def test_a_model_that_lacks_a_part_is_named_with_the_part(tiny_model, image_folder, tmp_path, refused):
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     shutil.rmtree(broken / "unet")
@@ -304,14 +298,3 @@ def test_early_stop_says_when_it_can_never_come(capsys):
     assert "it needs more than 300 --steps" in capsys.readouterr().err
     train.parse_options(["--early_stop", "--steps", "301", "--log_steps", "20"])
     assert not capsys.readouterr().err
-
-
-def test_a_full_disk_while_logging_ends_in_a_sentence_and_can_be_resumed(learn, resume, before_step, refused):
-    whole = learn("--log_steps", "1", out="whole")
-    before_step(2, lambda: Path("run/log.jsonl").unlink() or Path("run/log.jsonl").mkdir())
-    with pytest.raises(mu.UserError, match="cannot write log.jsonl .*--resume"):
-        learn("--log_steps", "1", "--save_steps", "2")
-    before_step(None)
-    Path("run/log.jsonl").rmdir()
-    assert read_state("run")["step"] == 2
-    assert torch.equal(read_rows(resume("run")), read_rows(whole))

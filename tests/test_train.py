@@ -61,7 +61,8 @@ def test_half_precision_gradients_point_the_same_way(tiny_model, dtype):
         learned_rows = mu.install_learned_rows(components.text_encoder, [len(table)], table[[5]]).learned_rows
         generator = torch.Generator().manual_seed(0)
         latents, noise = (torch.randn(8, 4, 8, 8, generator=generator) for _ in range(2))
-        batch = train.Batch(latents, noise, torch.arange(8) * 120, torch.full((8, 4), len(table)))
+        token_ids, mask = torch.full((8, 4), len(table)), torch.ones(8, 1, 8, 8)
+        batch = train.Batch(latents, noise, torch.arange(8) * 120, token_ids, mask)
         loss = train.batch_loss(components, batch)
         assert loss.dtype == torch.float32
         loss.mean().backward()
@@ -307,6 +308,14 @@ def test_early_stop_ends_the_run_when_the_loss_has_converged(learn, monkeypatch,
     learn("--resume", "--no-early_stop", *options, steps=20)
     assert read_state("run")["step"] == 20
     assert read_state(learn(*options, steps=8, out="other"))["step"] == 8  # off unless asked for
+
+
+def test_convergence_is_judged_from_evenly_spaced_rows(learn, monkeypatch):
+    """The rows of --log_steps: others are logged because they are saved or previewed."""
+    lengths = []
+    monkeypatch.setattr(train, "has_converged", lambda losses: lengths.append(len(losses)))
+    log = read_log(learn("--early_stop", "--log_steps", "3", "--save_steps", "2", steps=7))
+    assert [row["step"] for row in log] == [2, 3, 4, 6, 7] and lengths == [0, 0, 1, 1, 2]
 
 
 # --- Gradients and rows that are not finite ---------------------------------------------------------------------------
