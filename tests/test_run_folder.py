@@ -119,6 +119,11 @@ def test_tensorboard_gets_what_is_logged(learn, monkeypatch):
 # --- Previews ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick_sampling(monkeypatch):
+    monkeypatch.setattr(mu, "sampling_defaults", lambda model: {"steps": 2})
+
+
 def read_preview(folder):
     """The steps that the rows of preview.png show, and the rows as arrays, that of the training images first."""
     with Image.open(Path(folder, "preview.png")) as sheet:
@@ -126,7 +131,7 @@ def read_preview(folder):
         return steps, np.split(np.asarray(sheet), len(steps) + 1)
 
 
-def test_previews_are_rows_below_the_training_images(learn):
+def test_previews_are_rows_below_the_training_images(learn, quick_sampling):
     """Also when the run is resumed with other --preview_steps: no gaps, no row twice."""
     learn("--preview_steps", "2", steps=4)
     steps, rows = read_preview("run")
@@ -137,7 +142,7 @@ def test_previews_are_rows_below_the_training_images(learn):
     assert all(row[20:].std() > 5 for row in more_rows)
 
 
-def test_previews_of_a_run_resumed_after_a_crash_are_those_of_the_uninterrupted_one(learn, resume, before_step):
+def test_previews_of_a_resumed_run_are_those_of_the_uninterrupted_one(learn, resume, before_step, quick_sampling):
     options = ["--preview_steps", "1", "--save_steps", "2", "--log_steps", "1"]
     whole = learn(*options, out="whole")
     before_step(3, lambda: 1 / 0)  # step 3 is previewed and not saved: the resumed run begins after step 2
@@ -147,7 +152,7 @@ def test_previews_of_a_run_resumed_after_a_crash_are_those_of_the_uninterrupted_
     assert (resume("run") / "preview.png").read_bytes() == (whole / "preview.png").read_bytes()
 
 
-def test_previews_asked_for_on_resume_or_after_damage_begin_a_new_sheet(learn):
+def test_previews_asked_for_on_resume_or_after_damage_begin_a_new_sheet(learn, quick_sampling):
     learn(steps=2)
     learn("--preview_steps", "2", "--resume", steps=4)
     assert read_preview("run")[0] == [4]
@@ -157,7 +162,7 @@ def test_previews_asked_for_on_resume_or_after_damage_begin_a_new_sheet(learn):
     assert steps == [6] and all(row[20:].std() > 5 for row in rows)
 
 
-def test_the_preview_keeps_the_training_images_and_the_newest_rows(learn, monkeypatch):
+def test_the_preview_keeps_the_training_images_and_the_newest_rows(learn, quick_sampling, monkeypatch):
     assert train.PREVIEW_ROWS == 20
     learn("--preview_steps", "1", steps=2, out="short")
     training_images = read_preview("short")[1][0]
@@ -169,7 +174,7 @@ def test_the_preview_keeps_the_training_images_and_the_newest_rows(learn, monkey
 @pytest.mark.parametrize(
     "kind, prompt", [("object", "a photo of a <kat>"), ("style", "a painting in the style of <kat>")]
 )
-def test_previews_show_the_prompt_at_the_training_resolution(learn, monkeypatch, kind, prompt):
+def test_previews_show_the_prompt_at_the_training_resolution(learn, quick_sampling, monkeypatch, kind, prompt):
     prompts, generate = [], sample.generate
 
     def generating(components, given, seeds, **settings):
