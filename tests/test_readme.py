@@ -1,5 +1,6 @@
 """What the READMEs show is what the code is: the loss, the changes of it, the commands, the options, the tests."""
 
+import argparse
 import re
 import shlex
 import types
@@ -39,9 +40,9 @@ def test_the_loss_is_shown_as_it_is():
 @pytest.mark.parametrize("diff", DIFFS, ids=range(len(DIFFS)))
 def test_every_change_shown_applies_and_makes_a_difference(diff, tiny_model, tmp_path):
     lines = diff.splitlines()
-    assert len(lines) <= 6 and all(line[:1] in "+-" for line in lines)
-    before = "\n".join(line[1:] for line in lines if line[0] == "-")
-    after = "\n".join(line[1:] for line in lines if line[0] == "+")
+    assert len(lines) <= 6 and all(line[:1] in "+- " for line in lines)
+    before = "\n".join(line[1:] for line in lines if line[0] in "- ")
+    after = "\n".join(line[1:] for line in lines if line[0] in "+ ")
     assert SOURCE.count(before) == 1
     plain = train_with(SOURCE, tmp_path / "plain", tiny_model)
     changed = train_with(SOURCE.replace(before, after), tmp_path / "changed", tiny_model)
@@ -49,18 +50,19 @@ def test_every_change_shown_applies_and_makes_a_difference(diff, tiny_model, tmp
     assert (changed - plain).abs().max() > 1e-5
 
 
-def test_every_command_shown_has_valid_options():
-    commands = re.findall(r"python (train|sample)\.py( [^`\n&|(]*)?", README.replace("...", ""))
-    assert len(commands) >= 6 and len(DIFFS) >= 2  # what is looked for is found
+@pytest.mark.parametrize("text", [README, MINI_SD_README], ids=["README", "mini_sd"])
+def test_every_command_shown_has_valid_options(text):
+    text = text.replace("...", "").replace("\\\n", "")
+    commands = re.findall(r"python (train|sample)\.py([^\n`&|#]*)", text)
+    assert commands and len(DIFFS) >= 5  # what is looked for is found
     for script, options in commands:
-        parser = {"train": train, "sample": sample}[script].build_parser()
-        parser.parse_args(shlex.split(options))
+        {"train": train, "sample": sample}[script].build_parser().parse_args(shlex.split(options))
 
 
 @pytest.mark.parametrize("script", [train, sample])
 def test_the_table_of_options_is_complete(script):
     table = re.search(rf"\| options of {script.__name__}\.py .*?\n\n", README, re.DOTALL).group(0)
-    visible = [action for action in script.build_parser()._actions if action.help != "==SUPPRESS=="]
+    visible = [action for action in script.build_parser()._actions if action.help != argparse.SUPPRESS]
     assert set(re.findall(r"--\w+", table)) == {action.option_strings[0] for action in visible} - {"-h"}
 
 
