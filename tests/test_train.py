@@ -63,7 +63,9 @@ def test_half_precision_gradients_point_the_same_way(tiny_model, dtype):
         learned_rows = mu.install_learned_rows(components.text_encoder, [len(table)], table[[5]]).learned_rows
         generator = torch.Generator().manual_seed(0)
         latents, noise = (torch.randn(8, 4, 8, 8, generator=generator) for _ in range(2))
-        batch = train.Batch(latents, noise, torch.arange(8) * 120, torch.full((8, 4), len(table)))
+        batch = train.Batch(
+            latents, noise, torch.arange(8) * 120, torch.full((8, 4), len(table)), torch.ones(8, 1, 8, 8)
+        )
         loss = train.batch_loss(components, batch)
         assert loss.dtype == torch.float32
         loss.mean().backward()
