@@ -147,7 +147,7 @@ def test_only_the_learned_rows_change(learn, tiny_model, monkeypatch):
         others = [name for name, weight in kept[part].named_parameters() if weight.grad is not None]
         assert not [name for name in others if not name.endswith("learned_rows")]
     init_row = (
-        fresh["text_encoder"].get_input_embeddings().weight[mu.initializer_id(mu.load_tokenizer(tiny_model), "cat")]
+        fresh["text_encoder"].get_input_embeddings().weight[mu.initializer_ids(mu.load_tokenizer(tiny_model), "cat")]
     )
     assert (read_rows(folder)[0] - init_row).norm() > 1e-3
 
