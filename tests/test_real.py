@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_whole_table(components):
     timesteps, tokenizer = torch.tensor([500]), mu.load_tokenizer(MODEL)
     (token_id,) = mu.add_placeholder(tokenizer, "<kat>")
     token_ids = mu.tokenize(tokenizer, ["a photo of a <kat>"], {"<kat>": [token_id]})
-    batch = train.Batch(latents, noise, timesteps, token_ids)
+    batch = train.Batch(latents, noise, timesteps, token_ids, torch.ones_like(latents[:, :1]))
     schedule = components.schedule.to(DEVICE)
 
     encoder = mu.load_text_encoder(MODEL, DEVICE)
