@@ -106,7 +106,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(learn, before_step, capsys):
     assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) == previous
     printed = capsys.readouterr().out
     assert "stopped after step 3, all is saved" in printed
-    assert printed.strip().endswith("python train.py --resume --output_dir 'a run'")
+    assert printed.strip().endswith('python train.py --resume --output_dir "a run"')
     before_step(None)
     train.main(["--resume", "--output_dir", "a run"])
     name = "learned_embeds.safetensors"
