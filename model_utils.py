@@ -51,11 +51,12 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are UserErrors and whose help shows defaults."""
+    """Parser whose errors are UserErrors, whose help shows defaults, and which knows what ~ is."""
 
     def __init__(self, description):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        self.register("type", None, os.path.expanduser)  # of options without a type: a shell leaves --images=~/cat
 
     def error(self, message):
         raise UserError(message)

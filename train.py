@@ -37,16 +37,19 @@ from model_utils import UserError
 # --- The method -------------------------------------------------------------------------------------------------------
 
 
-def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule):
+def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask=None):
     """Denoising loss of each image [B]. Edit this to try another loss.
 
     latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
-    token. Equation 2 of Gal et al. 2022, the mean squared error of DDPM (Ho et al. 2020, equation 14).
+    token; mask [B, 1, h, w], how much each latent pixel counts (all alike without it). Equation 2 of Gal et al. 2022,
+    the mean squared error of DDPM (Ho et al. 2020, equation 14).
     """
     noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample  # [B, 4, h, w]
     target = schedule.target(latents, noise, timesteps)  # the noise itself, or v
-    return (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # [B]
+    error = (noise_pred.float() - target.float()).square()  # [B, 4, h, w]
+    weight = torch.ones_like(error) if mask is None else mask
+    return (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))  # [B]
 
 
 def sample_timesteps(batch_size, num_train_timesteps, generator, sampling):
@@ -83,9 +86,10 @@ MAX_BAD_STEPS = 20  # gradients in a row that are not finite
 
 class Dataset(NamedTuple):
     cache: data.LatentCache  # the images as latents
-    template_ids: torch.Tensor  # [T, L], the captions as tokens
-    fingerprint: str  # of the images, to recognize them on resume
+    token_ids: torch.Tensor  # [N, T, L], T captions of each image as tokens
+    fingerprint: str  # of the images, masks and captions, to recognize them on resume
     examples: list  # the first ones as PIL images, for the previews
+    summary: str  # of what there is, for the first line of the run
 
 
 class Batch(NamedTuple):
@@ -93,6 +97,7 @@ class Batch(NamedTuple):
     noise: torch.Tensor  # [B, 4, h, w]
     timesteps: torch.Tensor  # [B]
     token_ids: torch.Tensor  # [B, L]
+    mask: torch.Tensor  # [B, 1, h, w]
 
     def strided(self, start, stride):
         """Every stride-th example: like the whole batch, they cover the whole range of timesteps."""
@@ -101,36 +106,42 @@ class Batch(NamedTuple):
 
 def load_dataset(args, tokenizer, placeholders, device):
     """Encode images and captions once. The VAE is freed again; --resolution is set to the model's own if not given."""
-    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
-    captions = [template.format(args.placeholder_token) for template in templates]
-    template_ids = mu.tokenize(tokenizer, captions, placeholders)
     vae = mu.load_vae(args.model, device, revision=args.revision, variant=args.variant)
     factor = mu.vae_factor(vae)
     args.resolution = args.resolution or min(mu.native_size(mu.read_unet_config(args.model, args.revision), vae))
     if args.resolution % factor:
         raise UserError(f"--resolution {args.resolution}: this model needs a multiple of {factor} pixels.")
-    images = data.load_images(args.images, args.resolution)  # [N, 3, R, R]
-    fingerprint = hashlib.sha256(images.numpy()).hexdigest()
-    return Dataset(
-        data.encode_dataset(vae, images), template_ids, fingerprint, mu.to_pil(images[: args.num_validation_images])
-    )
+    images, masks, paths = data.load_training_images(args.images, args.resolution, args.masks)
+    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
+    captions, choices, source = data.load_captions(paths, args.placeholder_token, templates, args.templates)
+    token_ids = mu.tokenize(tokenizer, captions, placeholders)[choices]  # [N, T, L]
+    fingerprint, summary = hashlib.sha256(images.numpy()), f"{len(images)} images"
+    if source:
+        fingerprint.update(repr((captions, choices.tolist())).encode())
+        summary += f", {source}"
+    if (masks < 1).any():
+        fingerprint.update(masks.numpy())
+        summary += f", {sum(mask.min() < 1 for mask in masks)} of them masked or transparent in parts"
+    cache, examples = data.encode_dataset(vae, images, masks), mu.to_pil(images[: args.num_validation_images])
+    return Dataset(cache, token_ids, fingerprint.hexdigest(), examples, summary)
 
 
 def draw_batch(dataset, batch_size, schedule, step, args):
     """Everything random in a step -> Batch, on the CPU."""
     generator = step_generator(args.seed, step)
-    latents, noise, token_ids = data.draw_examples(dataset.cache, dataset.template_ids, batch_size, generator)
+    latents, noise, token_ids, mask = data.draw_examples(dataset.cache, dataset.token_ids, batch_size, generator)
     timesteps = sample_timesteps(batch_size, schedule.num_train_timesteps, generator, args.timestep_sampling)
-    return Batch(latents, noise, timesteps, token_ids)
+    return Batch(latents, noise, timesteps, token_ids, mask)
 
 
 def batch_loss(components, batch):
     """The loss [B] of a batch, which is moved to the device here."""
     device, dtype = components.unet.device, components.unet.dtype
-    latents, noise, timesteps, token_ids = (mu.to_device(tensor, device) for tensor in batch)
+    latents, noise, timesteps, token_ids, mask = (mu.to_device(tensor, device) for tensor in batch)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         text_embeddings = mu.encode_tokens(components.text_encoder, token_ids)  # [B, L, dim]
-        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, components.schedule).float()
+        schedule = components.schedule
+        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
 
 
 def backward(components, batch, total, size, scaler):
@@ -191,8 +202,10 @@ def has_converged(eval_losses, window=15, fraction=0.15):
 
 def announce(args, dataset, device, vocabulary_rms):
     """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
-    images, rates = len(dataset.cache.mean), [learning_rate(step, args) for step in range(args.steps)]
-    what = f"{images} images, {args.steps} steps of {args.batch_size * args.grad_accum}, learning rate {max(rates):.2g}"
+    rates = [learning_rate(step, args) for step in range(args.steps)]
+    what = (
+        f"{dataset.summary}, {args.steps} steps of {args.batch_size * args.grad_accum}, learning rate {max(rates):.2g}"
+    )
     print(f"training   {what} ({args.lr_scheduler}), {args.timestep_sampling} timesteps, {args.precision} on {device}")
     recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
     recipe.lr = recipe.lr or vocabulary_rms
@@ -380,7 +393,8 @@ class Run:
         if not resumed:
             self.clear()
         config = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
-        config["images"] = str(Path(args.images).resolve())  # found from any folder
+        for name in ("images", "masks", "templates"):  # found from any folder
+            config[name] = config[name] and str(Path(config[name]).resolve())
         config["model"] = mu.name_of_model(args.model)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text.encode()))
@@ -591,7 +605,8 @@ RECIPES = {
 # What may change when a run is resumed. Anything else would change its course (more --steps stretch a decaying rate).
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
 FREE_TO_CHANGE |= {"output_dir", "gradient_checkpointing", "early_stop", "tensorboard", "num_validation_images"}
-FREE_TO_CHANGE |= {"images", "model"}  # they may have moved: the images and the weights themselves are compared
+# Files may have moved: the images, masks, captions and weights themselves are compared.
+FREE_TO_CHANGE |= {"images", "masks", "templates", "model"}
 NOT_STORED = {"resume", "overwrite", "num_train_epochs", "no_effect"}
 
 # Options of diffusers' script that change nothing here: accepted, and named in one line.
@@ -611,7 +626,11 @@ def build_parser():
     add("--model", "--pretrained_model_name_or_path", default=mu.DEFAULT_MODEL, help="folder or Hub id")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--images", "--train_data_dir", help="folder of training images; 3 to 9 are usual (default: the bundled kat)")
+    add("--images", "--train_data_dir", help="folder of training images, 3 to 9 are usual, or one image; transparent "
+        "parts do not count (default: the bundled kat)")
+    add("--masks", help="folder of masks with the names of the images: white parts count, black ones do not")
+    add("--templates", help="file of captions, one a line, with {} for the token (default: built-in ones, or for "
+        "NAME.jpg the lines of NAME.txt beside it, where the token is put in front if there is no {})")
     add("--placeholder_token", default="<kat>", help="the new token")
     add("--initializer_token", help="word (or embedding file) that the new token starts as (default: cat, for the kat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
@@ -685,6 +704,11 @@ def parse_options(argv=None):
         )
     args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
+    if args.resume is None and args.output_dir:
+        folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
+        if images in [folder, *folder.parents]:
+            why = f"is in --images {args.images}: its images would be trained on next time"
+            raise UserError(f"--output_dir {args.output_dir} {why}; name a folder elsewhere.")
     epochs = 0 if args.steps else args.num_train_epochs
     args.recipe = args.recipe or mu.recipe_of(args.model)
     for name, value in RECIPES[args.recipe].items():
