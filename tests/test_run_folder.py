@@ -11,7 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import read_rows, read_state
+from conftest import read_rows
 from PIL import Image
 
 import model_utils as mu
