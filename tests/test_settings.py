@@ -12,7 +12,8 @@ import model_utils as mu
 import sample
 import train
 
-SCHEDULE, UNET, TEXT = "scheduler/scheduler_config.json", "unet/config.json", "text_encoder/config.json"
+SCHEDULE, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
+TEXT = "text_encoder/config.json"
 CLIP, INDEX = "clip/preprocessor_config.json", "model_index.json"
 ABSENT = object()
 
@@ -77,6 +78,7 @@ DAMAGED = {
         "variance_type": ["learned", "fixed_large"],
     },
     UNET: {"sample_size": [0, -8, "8", 8.0, True, [], [8], [8, 8, 8], [8, None], [8, 0], {}]},
+    VAE: {"scaling_factor": [None, 0, "0.18", NAN, []], "shift_factor": ["0", INFINITE, True]},
     TEXT: {"max_position_embeddings": [None, 0, 2, "32", 32.0, [32], NAN]},
     INDEX: {"_sampling": [None, 0, [], "fast"], "steps": [None, 0, 2.5, "25"], "guidance": [None, "7.5", NAN, [7.5]]},
     CLIP: {
@@ -118,6 +120,7 @@ def test_both_scripts_name_a_damaged_file_and_entry(file, folder, change, capsys
 LOADERS = {
     SCHEDULE: mu.load_schedule,
     UNET: lambda model: mu.native_size(mu.read_unet_config(model), mu.load_vae(model, "cpu")),
+    VAE: lambda model: mu.load_vae(model, "cpu"),
     TEXT: mu.load_tokenizer,
     INDEX: mu.sampling_defaults,
     CLIP: sample.load_clip,
