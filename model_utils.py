@@ -6,13 +6,17 @@ and back; embedding files; a model with its learned tokens.
 """
 
 import argparse
+import base64
 import difflib
 import gc
+import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
 import zipfile
@@ -47,11 +51,12 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are UserErrors and whose help shows defaults."""
+    """Parser whose errors are UserErrors, whose help shows defaults, and which knows what ~ is."""
 
     def __init__(self, description):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        self.register("type", None, os.path.expanduser)  # of options without a type: a shell leaves --images=~/cat
 
     def error(self, message):
         raise UserError(message)
@@ -82,6 +87,9 @@ def number(kind, low, high=math.inf):
 
 def run_main(script, argv, memory_advice):
     """Call script(argv). What the user can correct ends in one sentence and exit code 2, Ctrl-C in 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # a console without the letters of a token shows '?'
     try:
         script(argv)
     except OSError as error:  # of the user's files: a folder without permission, a name that is too long
@@ -102,6 +110,12 @@ def run_main(script, argv, memory_advice):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def quote(text):
+    """A word of a command line as bash, cmd.exe and PowerShell read it; nothing in it is executed."""
+    for_sh = shlex.quote(text)
+    return for_sh if for_sh == text or re.search(r'["$`\\!]', text) else f'"{text}"'
 
 
 def _reason(error):
@@ -285,6 +299,8 @@ def load_tokenizer(model, revision=None):
         why = "no vocabulary" if Path(model).is_dir() else "no such model there, or no connection"
         raise _unloadable(model, "tokenizer", why)
     config = Settings(_fetch("--model", model, "text_encoder/config.json", revision))
+    if len(tokenizer) > config.get("vocab_size", len(tokenizer), int):
+        raise _unloadable(model, "tokenizer", "it has tokens without a row in the text encoder's table")
     tokenizer.model_max_length = config.get("max_position_embeddings", 77, int, 3, 10_000)  # not what its own file says
     return tokenizer
 
@@ -317,6 +333,9 @@ def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
 def _load_frozen(part_class, part, model, device, dtype, revision, variant):
     # dtype is always given: by default transformers takes the file's, and rows trained in half precision do not learn.
     # low_cpu_mem_usage=True would need accelerate.
+    names = [path.name for path in Path(model, part).glob("*") if path.suffix in (".safetensors", ".bin")]
+    variants = {re.split("[.-]", name)[1] if name.count(".") > 1 else None for name in names}  # model.fp16.safetensors
+    variant = variant if variant or None in variants else min(variants, default=None)  # the files that there are
     options = {"dtype": dtype, "low_cpu_mem_usage": False, "revision": revision, "variant": variant}
     module, info = _load_part(part_class, part, model, output_loading_info=True, **options)
     if info["missing_keys"]:  # from_pretrained would go on with random numbers
@@ -328,12 +347,12 @@ def _load_frozen(part_class, part, model, device, dtype, revision, variant):
 
 def _load_part(part_class, part, model, **options):
     for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised; what is logged is no news
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # downloading gigabytes in silence would look like a hang
     _refuse_missing("--model", model)
-    if Path(model).is_dir() and not Path(model, part).is_dir():
-        raise UserError(f"--model {model}: the folder '{part}' is missing; a model in diffusers layout is needed.")
+    if Path(model).exists() and not Path(model, part).is_dir():
+        raise UserError(f"--model {model}: {_other_layout(Path(model), part)}")
     if part != "tokenizer":
         read_json(_fetch("--model", model, f"{part}/config.json", options["revision"]))  # an error names it
     options |= {"subfolder": part, "local_files_only": huggingface_hub.constants.HF_HUB_OFFLINE}
@@ -342,6 +361,21 @@ def _load_part(part_class, part, model, **options):
             return part_class.from_pretrained(str(model), **options)
     except Exception as error:
         raise _unloadable(model, part, _reason(error)) from error
+
+
+def _other_layout(path, part):
+    """What a file or a folder without the folder `part` is, and how it becomes a model in diffusers layout."""
+    for folder in [*path.glob("snapshots/*"), *path.glob("*")]:  # the Hub's cache keeps a model in snapshots/
+        if (folder / part).is_dir():
+            return f"the model is in the folder {folder}; name that one."
+    for file in [path, *path.glob("*.ckpt"), *path.glob("*.safetensors")]:
+        if file.suffix in (".ckpt", ".safetensors", ".yaml"):  # a .yaml describes the .ckpt beside it
+            weights = file.with_suffix(".ckpt") if file.suffix == ".yaml" else file
+            new = weights.with_suffix("").as_posix() + "-diffusers"
+            convert = f"from_single_file({weights.as_posix()!r}).save_pretrained({new!r})"
+            line = f"python -c {quote(f'import diffusers; diffusers.StableDiffusionPipeline.{convert}')}"
+            return f"one file, not a model in diffusers layout; convert it: {line} and give --model {quote(new)}"
+    return f"the folder '{part}' is missing; a model in diffusers layout is needed."
 
 
 def _unloadable(model, part, why):
@@ -365,7 +399,15 @@ def _fetch(option, name, filename, revision=None):
 
 def _refuse_missing(option, name):
     if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        raise UserError(f"{option} {name}: there is no such file or folder, and it is no Hub id such as 'owner/name'.")
+        raise UserError(f"{option} {name}: no such file or folder (was it moved?), and no Hub id such as 'owner/name'.")
+
+
+def fingerprint(text_encoder, unet):
+    """Hash of some of a model's weights, to recognize it wherever it lies."""
+    digest = hashlib.sha256()
+    for weight in [text_encoder.get_input_embeddings().weight, *unet.parameters()]:
+        digest.update(weight[::50].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def vae_factor(vae):
@@ -477,15 +519,17 @@ def load_schedule(model, revision=None):
 # --- The new token and the masked lookup ------------------------------------------------------------------------------
 
 
-def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder_token"):
+def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder_token", source=None):
     """Add a token to the tokenizer -> its token_ids, one for each vector (named token, token_1, token_2, ...).
 
+    source: the embedding file that gives the token its name, if not the user's option did.
     UserError if it is empty, has spaces or exists already: the count that add_tokens returns proves nothing, for an
     existing token it is 1 as well, and training would overwrite that token's row.
     """
-    remedy = f"{option} {placeholder!r}: choose a name such as '<my-cat>'; this one"
+    what = f"--embedding {source}: its token {placeholder!r}" if source else f"{option} {placeholder!r}"
+    remedy = f"choose a name such as {option} {example_token(placeholder)}"
     if not placeholder or not placeholder.isprintable() or any(character.isspace() for character in placeholder):
-        raise UserError(f"{remedy} is empty or has spaces or invisible characters.")
+        raise UserError(f"{what} is empty or has spaces or invisible characters; {remedy}.")
     if not 1 <= num_vectors <= MAX_VECTORS:
         raise UserError(f"--num_vectors {num_vectors}: must be between 1 and {MAX_VECTORS}, what a prompt can hold.")
     names = [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
@@ -493,15 +537,21 @@ def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder
     pieces = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
     known = {placeholder.lower(), placeholder.lower() + "</w>"} & tokenizer.backend_tokenizer.get_vocab(False).keys()
     if known or len(pieces) == 1 or not vocabulary.keys().isdisjoint(names):
-        raise UserError(f"{remedy} is already a token of the model.")
+        raise UserError(f"{what} is already a token of the model; {remedy}.")
 
     # normalized=False: found as it is written, before lower-casing. single_word: 'sks' is not found inside 'asks'.
     single_word = bool(re.match(r"\w", placeholder) or re.match(r"\w", placeholder[-1]))
     tokenizer.add_tokens([transformers.AddedToken(n, normalized=False, single_word=single_word) for n in names])
     token_ids = tokenizer.convert_tokens_to_ids(names)
     if len(set(token_ids)) < num_vectors or not set(token_ids).isdisjoint(vocabulary.values()):
-        raise UserError(f"{remedy} cannot be added to this model's tokenizer.")
+        raise UserError(f"{what} cannot be added to this model's tokenizer; {remedy}.")
     return token_ids
+
+
+def example_token(name):
+    """A token to suggest in a message, made of a name."""
+    words = re.sub(r"[^\w.]+", "-", name).strip("-") or "my-cat"
+    return f"'<{words}>'"
 
 
 def initializer_ids(tokenizer, text):
@@ -550,7 +600,8 @@ def tokenize(tokenizer, prompts, placeholders=None):
         cut = body[length - 2 :]
         for i in cut:
             if i in token_of:
-                raise UserError(f"the prompt {prompt!r} is too long: the token {token_of[i]!r} would be cut off.")
+                remedy = "take fewer words or --num_vectors"
+                raise UserError(f"the prompt {prompt!r} is too long, {token_of[i]!r} would be cut off: {remedy}.")
         if cut:
             text = tokenizer.decode(cut)
             print(f"note: a prompt can have {length - 2} tokens; cut off: {text!r}", file=sys.stderr)
@@ -668,36 +719,50 @@ def atomic_write(path, write):
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        why = error.strerror or error
-        raise UserError(f"cannot write {path} ({why}): make room there or choose another --output_dir.") from error
+        remedy = "make room there, close what holds it open, or choose another --output_dir"
+        raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}.") from error
 
 
 def save_embedding(path, token, rows, base_model):
     """Write rows [n, dim] in diffusers' format, {token: fp32 tensor}, 1-D for a single vector as InvokeAI wants it.
 
-    A path that ends in .bin is written as the pickle of 2022, any other as safetensors.
+    A path that ends in .bin is written as the pickle of 2022, in .pt as A1111's, which InvokeAI reads for any number of
+    vectors, any other as safetensors.
     """
     rows = rows.detach().float().cpu()
     content = {token: (rows[0] if len(rows) == 1 else rows).clone()}
-    if Path(path).suffix == ".bin":
-        return atomic_write(path, lambda buffer: torch.save(content, buffer))
+    if Path(path).suffix == ".pt":
+        content = {"string_to_token": {"*": 265}, "string_to_param": {"*": rows.clone()}, "name": token}
+    if Path(path).suffix in (".bin", ".pt"):
+        return atomic_write(path, lambda buffer: _save_pickle(content, buffer))
     serialized = safetensors.torch.save(content, metadata={"base_model": str(base_model)})
     atomic_write(path, lambda buffer: buffer.write(serialized))
+
+
+def _save_pickle(content, buffer):
+    """torch.save without the files of newer PyTorch versions inside, because of which A1111 refuses the whole."""
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(buffer, "w") as target:
+        for entry in source.infolist():
+            if re.fullmatch(r"archive/(data\.pkl|data/\d+|version)", entry.filename):
+                target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry))
 
 
 def load_embedding(source, token=None, dim=None):
     """Read any embedding file there is -> Embedding. `source`: a file, a folder that holds one, or a Hub id.
 
-    Known: diffusers and concept library (one key), A1111 and the paper's code (string_to_param), kohya, InvokeAI and
-    OneTrainer (emb_params, emp_params), SDXL pairs (clip_l is taken), a bare tensor. Nothing in a file can run code.
-    token gives or changes the name; dim is the width that the model wants. UserError says what is wrong.
+    Known: diffusers and concept library (one key), A1111, also in a PNG, and the paper's code (string_to_param), kohya,
+    InvokeAI and OneTrainer (emb_params, emp_params), SDXL pairs (clip_l is taken), a bare tensor. Nothing in a file can
+    run code. token gives or changes the name, or chooses one of several; dim is the width that the model wants.
+    UserError says what is wrong.
     """
     path = _find_embedding_file(source)
     content, metadata = _read_tensors(path)
-    name, rows = _name_and_rows(content, path)
+    name, rows = _name_and_rows(content, path, token)
     token = token or name
     if not isinstance(token, str) or token == "*":
-        raise UserError(f"--embedding {path} does not name its token; give it one: --token '<{path.stem}>'.")
+        raise UserError(f"--embedding {path} does not name its token; give it one: --token {example_token(path.stem)}.")
     shape, is_plain = list(rows.shape), rows.layout == torch.strided and rows.device.type == "cpu"
     if not is_plain or not rows.is_floating_point() or len(shape) not in (1, 2) or 0 in shape:
         raise UserError(f"--embedding {path} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
@@ -744,7 +809,7 @@ def _read_tensors(path):
         if data.startswith(b"PK"):
             unpacked = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(data)).infolist())
         if unpacked > MAX_FILE_BYTES:
-            raise UserError(f"--embedding {path} has {unpacked >> 20} MB; an embedding has a few KB. A checkpoint?")
+            raise UserError(f"--embedding {path} has {unpacked >> 20} MB, an embedding a few KB: a checkpoint or LoRA?")
         if data[8:9] == b"{":  # safetensors: 8 bytes of length, a JSON header, the numbers
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             return safetensors.torch.load(data), header.get("__metadata__") or {}
@@ -754,6 +819,11 @@ def _read_tensors(path):
                 content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             notes = content if isinstance(content, dict) else {}
             return content, {key: str(note) for key, note in notes.items() if isinstance(note, (str, int))}
+        if data.startswith(b"\x89PNG"):  # A1111's; the text is read without decoding the image
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                text = image.info.get("sd-ti-embedding")
+            if text:
+                return json.loads(base64.b64decode(text), object_hook=_json_tensor), {}
     except UserError:
         raise
     except Exception as error:
@@ -761,8 +831,13 @@ def _read_tensors(path):
     raise UserError(f"--embedding {path} is no embedding file; it has {size} bytes and begins with {data[:8]!r}.")
 
 
-def _name_and_rows(content, path):
-    """What a file holds -> its token ('*' if it names none), its rows."""
+def _json_tensor(entry):
+    """A1111 writes tensors into JSON as {"TORCHTENSOR": nested lists}."""
+    return torch.tensor(entry["TORCHTENSOR"], dtype=torch.float32) if "TORCHTENSOR" in entry else entry
+
+
+def _name_and_rows(content, path, token):
+    """What a file holds -> its token ('*' if it names none), its rows. `token` chooses one of several."""
     if isinstance(content, torch.Tensor):
         return "*", content
     name = None
@@ -775,8 +850,13 @@ def _name_and_rows(content, path):
             if "clip_g" in content:
                 print(f"note: {path} is for SDXL; taken: clip_l, the half for Stable Diffusion 1", file=sys.stderr)
             content = {"*": content[key]}
+    if len(content) > 1 and token in content:
+        name, content = token, {token: content[token]}
     if len(content) != 1 or not isinstance(next(iter(content.values())), torch.Tensor):
-        raise UserError(f"--embedding {path} is no embedding of one token; it holds {list(content)[:6]}.")
+        if any(re.search("lora[_.]", str(key)) for key in content):
+            raise UserError(f"--embedding {path} is a LoRA, which changes the model's weights; name an embedding.")
+        what = f"it holds {list(content)[:6]}; of several tokens choose one with --token"
+        raise UserError(f"--embedding {path} is no embedding of one token; {what}.")
     ((key, rows),) = content.items()
     return name or ("*" if key == "clip_g" else key), rows
 
@@ -800,18 +880,19 @@ def load_components(model, device="cpu", dtype=torch.float32, revision=None, var
 
     embeddings: {file, run folder or Hub id: another name for its token, or None}.
     """
-    source = {"revision": revision, "variant": variant}
-    tokenizer, text_encoder = load_tokenizer(model, revision), load_text_encoder(model, device, dtype, **source)
+    files = {"revision": revision, "variant": variant}
+    tokenizer, text_encoder = load_tokenizer(model, revision), load_text_encoder(model, device, dtype, **files)
     dim = text_encoder.get_input_embeddings().weight.shape[1]
-    learned = [load_embedding(file, token, dim) for file, token in (embeddings or {}).items()]
-    placeholders = {}
-    for embedding in learned:
-        if embedding.token in placeholders:
-            raise UserError(f"two embeddings are called {embedding.token!r}: give each a --token, in their order.")
-        placeholders[embedding.token] = add_placeholder(tokenizer, embedding.token, len(embedding.rows), "--token")
-    if learned:
-        token_ids = sum(placeholders.values(), [])
-        install_learned_rows(text_encoder, token_ids, torch.cat([embedding.rows for embedding in learned]))
-    vae = load_vae(model, device, torch.float32, **source)  # in half precision some VAEs overflow
-    unet, schedule = load_unet(model, device, dtype, **source), load_schedule(model, revision)
+    placeholders, rows = {}, []
+    for source, name in (embeddings or {}).items():
+        token, token_rows, _ = load_embedding(source, name, dim)
+        if token in placeholders:
+            raise UserError(f"two embeddings are called {token!r}: give each a --token, in their order.")
+        named_by = None if name else source
+        placeholders[token] = add_placeholder(tokenizer, token, len(token_rows), "--token", named_by)
+        rows.append(token_rows)
+    if rows:
+        install_learned_rows(text_encoder, sum(placeholders.values(), []), torch.cat(rows))
+    vae = load_vae(model, device, torch.float32, **files)  # in half precision some VAEs overflow
+    unet, schedule = load_unet(model, device, dtype, **files), load_schedule(model, revision)
     return Components(tokenizer, text_encoder, vae, unet, schedule, placeholders)

@@ -2,6 +2,8 @@
 
 python sample.py                        # what train.py has just learned
 python sample.py --embedding runs/kat --embedding runs/pup --prompt "a <kat> and a <pup> on the moon"
+python sample.py --model mini_sd --prompt "a cat"       # the model alone, to compare with
+python sample.py --embedding runs/kat --export kat.pt   # for A1111, ComfyUI and InvokeAI
 python sample.py --score                # how well was the token learned?
 """
 
@@ -14,6 +16,7 @@ if __name__ == "__main__":  # also during the imports Ctrl-C ends the program qu
 import itertools
 import json
 import math
+import re
 import textwrap
 from contextlib import suppress
 from pathlib import Path
@@ -330,6 +333,7 @@ def build_parser():
     # fmt: off
     add("--embedding", action="append", help="file, run folder or Hub id; repeatable (default: newest run in runs/)")
     add("--token", action="append", help="another name for the token of each --embedding, in their order")
+    add("--export", metavar="FILE", help="only write the embedding to this new file: .safetensors, .pt or .bin")
     add("--prompt", action="append", help="repeatable (default: a photo of each token)")
     add("--negative_prompt", help="what the images should not show")
     add("--num_images", type=count, help="images per prompt (default: 4; with --score 64)")
@@ -353,22 +357,68 @@ def build_parser():
     return parser
 
 
+def newest_run(model=None):
+    """[embedding of the newest run in runs/], of those that learned on `model` if it is given; [] if there is none."""
+    found = sorted(Path("runs").glob("*/learned_embeds.safetensors"), key=lambda path: path.stat().st_mtime)
+    if model:
+        name = mu.name_of_model(model)
+        found = [path for path in found if mu.name_of_model(mu.read_config(path.parent).get("model") or "") == name]
+    return [str(path) for path in found[-1:]]
+
+
+def export(path, embeddings):
+    """Write a copy of the one embedding of {source: token or None} to `path`, which other programs call it by."""
+    if Path(path).suffix not in (".safetensors", ".pt", ".bin") or Path(path).exists() or len(embeddings) != 1:
+        raise UserError(f"--export {path}: one --embedding and the name of a new .safetensors, .pt or .bin are needed.")
+    ((source, token),) = embeddings.items()
+    embedding = mu.load_embedding(source, token)
+    mu.save_embedding(path, embedding.token, embedding.rows, embedding.metadata.get("base_model", ""))
+    name = Path(path).stem
+    print(f"{embedding.token} is in {path}: in A1111 it is called {name}, in ComfyUI embedding:{name}")
+    if len(embedding.rows) > 1 and Path(path).suffix != ".pt":
+        print("note: InvokeAI reads an embedding of several vectors only from a .pt", file=sys.stderr)
+
+
+def tokens_outside(components, prompt):
+    """The learned tokens that a prompt does not hold."""
+    ids = components.tokenizer(prompt, verbose=False).input_ids
+    return [token for token, token_ids in components.placeholders.items() if token_ids[0] not in ids]
+
+
+def check_prompts(components, prompts, negative_prompt=""):
+    """Notes on stderr: a prompt without a learned token, a token in no prompt, weights, which mean nothing here."""
+    subjects = unused = tokens_outside(components, negative_prompt)
+    for prompt in prompts:
+        absent = tokens_outside(components, prompt)
+        if subjects and set(subjects) <= set(absent):
+            print(f"note: {prompt!r} holds no learned token, such as {subjects[0]}", file=sys.stderr)
+        unused = [token for token in unused if token in absent]
+    if unused and unused != subjects:
+        print(f"note: no prompt holds {', '.join(unused)}", file=sys.stderr)
+    if any(re.search(r"\(.+:\d(\.\d+)?\)", prompt) for prompt in [*prompts, negative_prompt]):
+        print("note: weights such as (word:1.3) are read as plain text", file=sys.stderr)
+
+
 def run(args):
     """Generate images, or scores, as the options say. UserError if that cannot be done."""
     # 1. The tokens, and the model they were learned on
-    newest = sorted(Path("runs").glob("*/learned_embeds.safetensors"), key=lambda path: path.stat().st_mtime)[-1:]
-    sources, names = args.embedding or [str(path) for path in newest], args.token or []
+    sources, names = args.embedding or newest_run(args.model), args.token or []
+    if not sources and not (args.model and args.prompt):
+        raise UserError("no run in runs/: run train.py first, name an --embedding, or both a --model and a --prompt.")
     if not sources:
-        raise UserError("there is no run in runs/ yet; run train.py first, or name an --embedding.")
+        print(f"note: no run in runs/ is of {args.model}; these are images of the model alone", file=sys.stderr)
     if len(names) > len(sources):
         raise UserError(f"--token is given {len(names)} times for {len(sources)} --embedding; give one for each.")
     if len(set(sources)) < len(sources):
         raise UserError(f"--embedding {max(sources, key=sources.count)} is given twice; once is enough.")
     embeddings = dict(itertools.zip_longest(sources, names))
-    folder = Path(sources[0]) if Path(sources[0]).is_dir() else Path(sources[0]).parent
+    if args.export:
+        return export(args.export, embeddings)
+    folder = Path(*sources[:1])
+    folder = folder if folder.is_dir() else folder.parent
     folder = folder if folder.is_dir() else Path()  # a Hub id has none
-    config = mu.read_config(folder)  # what train.py stored
-    metadata = {} if config else mu.load_embedding(sources[0], names[0] if names else None).metadata
+    config = mu.read_config(folder) if sources else {}  # what train.py stored
+    metadata = {} if config or not sources else mu.load_embedding(sources[0], names[0] if names else None).metadata
     learned_on = config.get("model") or mu.model_of_name(metadata.get("base_model"))
     model, device = args.model or learned_on or mu.DEFAULT_MODEL, mu.choose_device(args.device)
     from_run = {} if args.model else config  # another model has other files
@@ -399,11 +449,11 @@ def run(args):
         return
 
     # 4. Or images
-    prompts = args.prompt or [PHOTO_PROMPT[learnable_property].format(token) for token in components.placeholders]
-    learned_ids = {token_ids[0] for token_ids in components.placeholders.values()}
-    for prompt in prompts:
-        if not learned_ids & set(components.tokenizer(prompt).input_ids):
-            print(f"note: {prompt!r} holds no learned token, such as {[*components.placeholders][0]}", file=sys.stderr)
+    subjects = tokens_outside(components, settings["negative_prompt"])
+    prompts = args.prompt or [PHOTO_PROMPT[learnable_property].format(token) for token in subjects]
+    if not prompts:
+        raise UserError("--prompt is missing: the learned tokens are all in the --negative_prompt.")
+    check_prompts(components, prompts, settings["negative_prompt"])
     count, out = args.num_images or 4, Path(args.output_dir or folder / "samples")
     each_prompt = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(args.seed, args.seed + len(each_prompt))

@@ -19,7 +19,6 @@ import hashlib
 import itertools
 import json
 import math
-import shlex
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,16 +37,19 @@ from model_utils import UserError
 # --- The method -------------------------------------------------------------------------------------------------------
 
 
-def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule):
+def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask=None):
     """Denoising loss of each image [B]. Edit this to try another loss.
 
     latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
-    token. Equation 2 of Gal et al. 2022, the mean squared error of DDPM (Ho et al. 2020, equation 14).
+    token; mask [B, 1, h, w], how much each latent pixel counts (all alike without it). Equation 2 of Gal et al. 2022,
+    the mean squared error of DDPM (Ho et al. 2020, equation 14).
     """
     noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample  # [B, 4, h, w]
     target = schedule.target(latents, noise, timesteps)  # the noise itself, or v
-    return (noise_pred.float() - target.float()).square().mean(dim=(1, 2, 3))  # [B]
+    error = (noise_pred.float() - target.float()).square()  # [B, 4, h, w]
+    weight = torch.ones_like(error) if mask is None else mask
+    return (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))  # [B]
 
 
 def sample_timesteps(batch_size, num_train_timesteps, generator, sampling):
@@ -84,9 +86,10 @@ MAX_BAD_STEPS = 20  # gradients in a row that are not finite
 
 class Dataset(NamedTuple):
     cache: data.LatentCache  # the images as latents
-    template_ids: torch.Tensor  # [T, L], the captions as tokens
-    fingerprint: str  # of the images, to recognize them on resume
-    examples: list  # the first four as PIL images
+    token_ids: torch.Tensor  # [N, T, L], T captions of each image as tokens
+    fingerprint: str  # of the images, masks and captions, to recognize them on resume
+    examples: list  # the first ones as PIL images, for the previews
+    summary: str  # of what there is, for the first line of the run
 
 
 class Batch(NamedTuple):
@@ -94,6 +97,7 @@ class Batch(NamedTuple):
     noise: torch.Tensor  # [B, 4, h, w]
     timesteps: torch.Tensor  # [B]
     token_ids: torch.Tensor  # [B, L]
+    mask: torch.Tensor  # [B, 1, h, w]
 
     def strided(self, start, stride):
         """Every stride-th example: like the whole batch, they cover the whole range of timesteps."""
@@ -102,34 +106,42 @@ class Batch(NamedTuple):
 
 def load_dataset(args, tokenizer, placeholders, device):
     """Encode images and captions once. The VAE is freed again; --resolution is set to the model's own if not given."""
-    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
-    captions = [template.format(args.placeholder_token) for template in templates]
-    template_ids = mu.tokenize(tokenizer, captions, placeholders)
     vae = mu.load_vae(args.model, device, revision=args.revision, variant=args.variant)
     factor = mu.vae_factor(vae)
     args.resolution = args.resolution or min(mu.native_size(mu.read_unet_config(args.model, args.revision), vae))
     if args.resolution % factor:
         raise UserError(f"--resolution {args.resolution}: this model needs a multiple of {factor} pixels.")
-    images = data.load_images(args.images, args.resolution)  # [N, 3, R, R]
-    fingerprint = hashlib.sha256(images.numpy()).hexdigest()
-    return Dataset(data.encode_dataset(vae, images), template_ids, fingerprint, mu.to_pil(images[:4]))
+    images, masks, paths = data.load_training_images(args.images, args.resolution, args.masks)
+    templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
+    captions, choices, source = data.load_captions(paths, args.placeholder_token, templates, args.templates)
+    token_ids = mu.tokenize(tokenizer, captions, placeholders)[choices]  # [N, T, L]
+    fingerprint, summary = hashlib.sha256(images.numpy()), f"{len(images)} images"
+    if source:
+        fingerprint.update(repr((captions, choices.tolist())).encode())
+        summary += f", {source}"
+    if (masks < 1).any():
+        fingerprint.update(masks.numpy())
+        summary += f", {sum(mask.min() < 1 for mask in masks)} of them masked or transparent in parts"
+    cache, examples = data.encode_dataset(vae, images, masks), mu.to_pil(images[: args.num_validation_images])
+    return Dataset(cache, token_ids, fingerprint.hexdigest(), examples, summary)
 
 
 def draw_batch(dataset, batch_size, schedule, step, args):
     """Everything random in a step -> Batch, on the CPU."""
     generator = step_generator(args.seed, step)
-    latents, noise, token_ids = data.draw_examples(dataset.cache, dataset.template_ids, batch_size, generator)
+    latents, noise, token_ids, mask = data.draw_examples(dataset.cache, dataset.token_ids, batch_size, generator)
     timesteps = sample_timesteps(batch_size, schedule.num_train_timesteps, generator, args.timestep_sampling)
-    return Batch(latents, noise, timesteps, token_ids)
+    return Batch(latents, noise, timesteps, token_ids, mask)
 
 
 def batch_loss(components, batch):
     """The loss [B] of a batch, which is moved to the device here."""
     device, dtype = components.unet.device, components.unet.dtype
-    latents, noise, timesteps, token_ids = (mu.to_device(tensor, device) for tensor in batch)
+    latents, noise, timesteps, token_ids, mask = (mu.to_device(tensor, device) for tensor in batch)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         text_embeddings = mu.encode_tokens(components.text_encoder, token_ids)  # [B, L, dim]
-        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, components.schedule).float()
+        schedule = components.schedule
+        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
 
 
 def backward(components, batch, total, size, scaler):
@@ -190,8 +202,10 @@ def has_converged(eval_losses, window=15, fraction=0.15):
 
 def announce(args, dataset, device, vocabulary_rms):
     """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
-    images, rates = len(dataset.cache.mean), [learning_rate(step, args) for step in range(args.steps)]
-    what = f"{images} images, {args.steps} steps of {args.batch_size * args.grad_accum}, learning rate {max(rates):.2g}"
+    rates = [learning_rate(step, args) for step in range(args.steps)]
+    what = (
+        f"{dataset.summary}, {args.steps} steps of {args.batch_size * args.grad_accum}, learning rate {max(rates):.2g}"
+    )
     print(f"training   {what} ({args.lr_scheduler}), {args.timestep_sampling} timesteps, {args.precision} on {device}")
     recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
     recipe.lr = recipe.lr or vocabulary_rms
@@ -217,7 +231,7 @@ def with_vae(components, args):
 
 
 def preview(components, run):
-    """Add four images of the token as it is now to preview.png. One that fails is reported and costs no step."""
+    """Add images of the token as it is now to preview.png. A preview that fails is reported and costs no step."""
     args = run.args
     if run.rank > 0:
         return
@@ -281,8 +295,10 @@ def train(args):
     # fp16 gradients are scaled up so that they do not vanish; else the scale is 1 and only infinite ones are skipped
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
-    run = Run(args, dataset, learned_rows, optimizer, scaler, rank)
+    run = Run(args, dataset, mu.fingerprint(text_encoder, unet), learned_rows, optimizer, scaler, rank)
     announce(args, dataset, device, vocabulary_rms)
+    if args.preview_prompt and rank == 0:
+        sample.check_prompts(components, [args.preview_prompt])
     if args.preview_steps and run.step == 0:
         preview(components, run)
 
@@ -325,8 +341,9 @@ def train(args):
             finished = finished or run.has_converged()
             if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not interrupted:
                 preview(components, run)
-            if finished or run.is_due(args.save_steps) or bad_steps >= MAX_BAD_STEPS:
-                run.save()
+            last = finished or bool(bad_steps >= MAX_BAD_STEPS)
+            if last or run.is_due(args.save_steps):
+                run.save(last)
             if bad_steps >= MAX_BAD_STEPS:
                 count = int(bad_steps)
                 raise UserError(f"{count} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
@@ -334,8 +351,7 @@ def train(args):
     # 4. How well it went
     mu.leave_processes()
     if interrupted:
-        folder = shlex.quote(run.folder.as_posix())
-        command = f"python train.py --resume --output_dir {folder}"
+        command = f"python train.py --resume --output_dir {mu.quote(run.folder.as_posix())}"
         print(f"stopped after step {run.step}, all is saved; continue with: {command}")
         sys.exit(130)
     if run.step < args.steps:
@@ -364,10 +380,10 @@ class Run:
     Of several processes only the one of rank 0 writes.
     """
 
-    def __init__(self, args, dataset, learned_rows, optimizer, scaler, rank):
-        self.args, self.dataset, self.rank = args, dataset, rank
+    def __init__(self, args, dataset, model_fingerprint, learned_rows, optimizer, scaler, rank):
+        self.args, self.dataset, self.model_fingerprint, self.rank = args, dataset, model_fingerprint, rank
         self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
-        self.step, self.log_rows, self.tensorboard = 0, [], None
+        self.step, self.log_rows, self.unwritten, self.new_previews, self.tensorboard = 0, [], "", [], None
         self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
         resumed = args.resume and (self.folder / "state.pt").exists()  # if it was killed before its first save: anew
         if resumed:
@@ -377,7 +393,8 @@ class Run:
         if not resumed:
             self.clear()
         config = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
-        config["images"] = str(Path(args.images).resolve())  # found from any folder
+        for name in ("images", "masks", "templates"):  # found from any folder
+            config[name] = config[name] and str(Path(config[name]).resolve())
         config["model"] = mu.name_of_model(args.model)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text.encode()))
@@ -401,6 +418,8 @@ class Run:
         state = load_state(self.folder)
         if state["images"] != self.dataset.fingerprint:
             raise UserError(f"--images {self.args.images}: these are not the images that {self.folder} began with.")
+        if state["model"] != self.model_fingerprint:
+            raise UserError(f"--model {self.args.model}: this is not the model that {self.folder} began with.")
         rows, moments = state["rows"], state["optimizer"]["state"].get(0, {})
         fits = all(value.shape in ((), rows.shape) and value.isfinite().all() for value in [rows, *moments.values()])
         if state["token"] != self.args.placeholder_token or rows.shape != self.learned_rows.shape or not fits:
@@ -425,21 +444,26 @@ class Run:
                 f"--lr {lr}: the embedding is not finite any more; try a lower one. What was saved is kept."
             )
 
-    def save(self):
-        """Write the checkpoint (a few KB: rows, optimizer, scaler, step), then the embedding."""
+    def save(self, last=True):
+        """Write the checkpoint (a few KB: rows, optimizer, scaler, step), then the embedding.
+
+        UserError if that fails at the last save of a run; before it another follows.
+        """
         self.refuse_broken_rows()
         if self.rank > 0:
             return
-        state = {
-            "token": self.args.placeholder_token,
-            "rows": self.learned_rows.detach().cpu(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        state |= {"scaler": self.scaler.state_dict(), "step": self.step, "images": self.dataset.fingerprint}
-        mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(state, buffer))
-        for name in EMBEDDING_FILES if self.args.save_bin else EMBEDDING_FILES[:1]:
-            base_model = mu.name_of_model(self.args.model)
-            mu.save_embedding(self.folder / name, self.args.placeholder_token, self.learned_rows, base_model)
+        token, base_model = self.args.placeholder_token, mu.name_of_model(self.args.model)
+        state = {"token": token, "rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
+        state |= {"scaler": self.scaler.state_dict(), "step": self.step}
+        state |= {"images": self.dataset.fingerprint, "model": self.model_fingerprint}
+        try:
+            mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(state, buffer))
+            for name in EMBEDDING_FILES if self.args.save_bin else EMBEDDING_FILES[:1]:
+                mu.save_embedding(self.folder / name, token, self.learned_rows, base_model)
+        except UserError as error:  # a full disk; on Windows also a file that another program holds open
+            if last:
+                raise
+            print(f"warning: step {self.step} is not saved, a later one will be ({error})", file=sys.stderr)
 
     def log(self, row, bar):
         """Add a line to log.jsonl; NaN and infinite numbers become null. Without a terminal the line is printed too."""
@@ -447,11 +471,13 @@ class Run:
         self.log_rows.append(row)
         if self.rank > 0:
             return
+        self.unwritten += json.dumps(row) + "\n"
         try:
             with (self.folder / "log.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(self.unwritten)
+            self.unwritten = ""
         except OSError as error:
-            raise UserError(f"cannot write log.jsonl ({error.strerror}): make room, then --resume.") from error
+            print(f"warning: cannot write log.jsonl yet ({error.strerror})", file=sys.stderr)
         if self.tensorboard:
             for name, value in row.items():
                 if isinstance(value, float):
@@ -475,34 +501,53 @@ class Run:
 
     def add_preview(self, images):
         """Add a row of PIL images to preview.png, below the training images and the earlier rows."""
-        row = sample.image_grid(images, 4, [f"step {self.step}"])
-        steps, rows = [], [sample.image_grid(self.dataset.examples, 4, ["training images"])]
+        self.new_previews.append((self.step, sample.image_grid(images, len(images), [f"step {self.step}"])))
+        self.write_previews()
+
+    def write_previews(self):
+        """Write preview.png with the new rows, which wait for another time if that fails."""
+        if not self.new_previews:
+            return
+        first, row = self.new_previews[0]
+        columns = self.args.num_validation_images
+        steps, rows = [], [sample.image_grid(self.dataset.examples, columns, ["training images"])]
         with suppress(Exception):  # there is none yet, or it is damaged: begin anew
             with Image.open(self.folder / "preview.png") as sheet:
                 for i, step in enumerate(json.loads(sheet.text["steps"])[1 - PREVIEW_ROWS :], 1):
-                    if step < self.step:  # later ones are from before the resume
+                    if step < first and sheet.width == row.width:  # later ones are from before the resume
                         rows.append(sheet.crop((0, i * row.height, row.width, (i + 1) * row.height)))
                         steps.append(step)
-        sheet = Image.new("RGB", (row.width, row.height * (len(rows) + 1)), "white")
-        for i, strip in enumerate([*rows, row]):
+        steps += [step for step, _ in self.new_previews]
+        rows += [row for _, row in self.new_previews]
+        sheet = Image.new("RGB", (row.width, row.height * len(rows)), "white")
+        for i, strip in enumerate(rows):
             sheet.paste(strip, (0, i * row.height))
-        sample.save_png(sheet, self.folder / "preview.png", {"steps": json.dumps([*steps, self.step])})
+        sample.save_png(sheet, self.folder / "preview.png", {"steps": json.dumps(steps)})
+        self.new_previews.clear()
 
     def finish(self):
-        """Plot the log and say where everything is, and what to do next."""
+        """Plot the log and report. UserError if a file cannot be written at last."""
         if self.rank > 0:
             return
         panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in CURVES.items()}
-        sample.plot_curves(panels, self.folder / "curves.png")
         if self.tensorboard:
             self.tensorboard.close()
+        try:
+            self.write_previews()  # only if that failed before
+            sample.plot_curves(panels, self.folder / "curves.png")
+        finally:
+            self.report()
+
+    def report(self):
+        """Print where everything is, and what to do next."""
         files = {"embedding": "learned_embeds.safetensors", "log": "log.jsonl", "curves": "curves.png"}
         for title, name in (files | {"preview": "preview.png"}).items():
             if (self.folder / name).exists():
                 print(f"{title:11}{self.folder / name}")
         prompt = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
         prompt = prompt[self.args.learnable_property].format(self.args.placeholder_token)
-        print(f'{"try next":11}python sample.py --embedding {shlex.quote(self.folder.as_posix())} --prompt "{prompt}"')
+        folder = mu.quote(self.folder.as_posix())
+        print(f"{'try next':11}python sample.py --embedding {folder} --prompt {mu.quote(prompt)}")
 
 
 def claim_folder(args):
@@ -531,7 +576,8 @@ def load_state(folder):
         raise UserError(f"--resume: there is no checkpoint {path}; name a run's folder or use --overwrite.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = {"token": str, "images": str, "step": int, "rows": torch.Tensor, "optimizer": dict, "scaler": dict}
+        kinds = {"token": str, "images": str, "model": str, "step": int, "rows": torch.Tensor}
+        kinds |= {"optimizer": dict, "scaler": dict}
         if not all(isinstance(state[name], kind) for name, kind in kinds.items()) or state["step"] < 0:
             raise ValueError
         return state
@@ -559,19 +605,15 @@ RECIPES = {
 # What may change when a run is resumed. Anything else would change its course (more --steps stretch a decaying rate).
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
 FREE_TO_CHANGE |= {"output_dir", "gradient_checkpointing", "early_stop", "tensorboard", "num_validation_images"}
-FREE_TO_CHANGE |= {"images"}  # the folder may have moved: the images themselves are compared
+# Files may have moved: the images, masks, captions and weights themselves are compared.
+FREE_TO_CHANGE |= {"images", "masks", "templates", "model"}
 NOT_STORED = {"resume", "overwrite", "num_train_epochs", "no_effect"}
 
-# Options of diffusers' script that commands written for it may hold, and that change nothing here.
-NO_EFFECT_FLAGS = [
-    "--center_crop", "--push_to_hub", "--allow_tf32", "--enable_xformers_memory_efficient_attention", "--use_8bit_adam",
-    "--save_as_full_pipeline",
-]  # fmt: skip
-NO_EFFECT = [
-    "--tokenizer_name", "--hub_token", "--hub_model_id", "--logging_dir", "--dataloader_num_workers",
-    "--adam_beta1", "--adam_beta2", "--adam_weight_decay", "--adam_epsilon", "--checkpoints_total_limit",
-    "--validation_epochs", "--local_rank", "--lr_num_cycles",
-]  # fmt: skip
+# Options of diffusers' script that change nothing here: accepted, and named in one line.
+NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf32 --use_8bit_adam --tokenizer_name
+--enable_xformers_memory_efficient_attention --save_as_full_pipeline --logging_dir --dataloader_num_workers --adam_beta1
+--adam_beta2 --adam_weight_decay --adam_epsilon --checkpoints_total_limit --validation_epochs --local_rank
+--lr_num_cycles""".split()
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
@@ -584,12 +626,16 @@ def build_parser():
     add("--model", "--pretrained_model_name_or_path", default=mu.DEFAULT_MODEL, help="folder or Hub id")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--images", "--train_data_dir", help="folder of training images; 3 to 9 are usual (default: the bundled kat)")
+    add("--images", "--train_data_dir", help="folder of training images, 3 to 9 are usual, or one image; transparent "
+        "parts do not count (default: the bundled kat)")
+    add("--masks", help="folder of masks with the names of the images: white parts count, black ones do not")
+    add("--templates", help="file of captions, one a line, with {} for the token (default: built-in ones, or for "
+        "NAME.jpg the lines of NAME.txt beside it, where the token is put in front if there is no {})")
     add("--placeholder_token", default="<kat>", help="the new token")
     add("--initializer_token", help="word (or embedding file) that the new token starts as (default: cat, for the kat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
     add("--num_vectors", type=mu.number(int, 1, mu.MAX_VECTORS), default=1, help="embedding vectors of the token")
-    add("--resolution", type=COUNT, help="size of the training images in pixels (default: the model's own)")
+    add("--resolution", type=mu.number(int, 1, 8192), help="size of the training images (default: the model's own)")
     add = parser.add_argument_group("optimization (defaults by --recipe: notebook / fast)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
     add("--steps", "--max_train_steps", type=COUNT, help="optimizer steps (2000 / 250)")
@@ -632,10 +678,9 @@ def build_parser():
     add("--num_validation_images", type=COUNT, default=4, **hidden)
     add("--num_train_epochs", type=COUNT, **hidden)
     add("--repeats", type=COUNT, default=100, **hidden)  # of the images in an epoch
-    for option in NO_EFFECT_FLAGS:
-        add(option, action="append_const", const=option, dest="no_effect", **hidden)
     for option in NO_EFFECT:
-        add(option, action="append", type=lambda value, option=option: option, dest="no_effect", **hidden)
+        name = {"const": option, "type": lambda value, option=option: option}  # instead of its value
+        add(option, nargs="?", action="append", dest="no_effect", **name, **hidden)
     # fmt: on
     return parser
 
@@ -659,6 +704,11 @@ def parse_options(argv=None):
         )
     args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
+    if args.resume is None and args.output_dir:
+        folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
+        if images in [folder, *folder.parents]:
+            why = f"is in --images {args.images}: its images would be trained on next time"
+            raise UserError(f"--output_dir {args.output_dir} {why}; name a folder elsewhere.")
     epochs = 0 if args.steps else args.num_train_epochs
     args.recipe = args.recipe or mu.recipe_of(args.model)
     for name, value in RECIPES[args.recipe].items():

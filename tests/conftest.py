@@ -1,4 +1,4 @@
-"""A Stable Diffusion of random numbers in the real layout, small enough to be built in a second."""
+"""What several test files share: a tiny Stable Diffusion with random weights, training images, runs of train.py."""
 
 import gc
 import json
@@ -10,14 +10,19 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test asks the network
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 
+import model_utils as mu
+import train
+
 WORDS = "a an the of in on and photo picture painting drawing style cat dog toy red blue two night background".split()
-SENTENCE_LENGTH, TEXT_WIDTH = 32, 32
+PROMPT_LENGTH, TEXT_WIDTH = 32, 32
 
 
 def pytest_configure():
@@ -26,13 +31,13 @@ def pytest_configure():
 
 def pytest_collection_finish():
     gc.collect()
-    gc.freeze()  # what the libraries brought: loading a model has garbage collected, and would go through it each time
+    gc.freeze()  # loading a model collects garbage, and would go through all objects of the libraries each time
 
 
-def build_tokenizer(size=None, length=SENTENCE_LENGTH):
-    """CLIP's vocabulary in small: all bytes, all bytes ending a word, the merges that spell WORDS, start and end.
+def build_tokenizer(size=None, length=PROMPT_LENGTH):
+    """A small CLIP tokenizer: all bytes, all bytes that end a word, the merges that spell WORDS, start and end.
 
-    size: filled up to so many pieces. length: tokens a sentence.
+    size: the vocabulary is filled up to this many tokens. length: tokens per prompt.
     """
     letters = sorted(ByteLevel.alphabet())
     pieces, merges = letters + [letter + "</w>" for letter in letters], []
@@ -52,14 +57,14 @@ def build_tokenizer(size=None, length=SENTENCE_LENGTH):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Path of a random model: 16 px pictures, latents [4, 8, 8], 32 tokens a sentence, rows 32 wide, with its CLIP."""
+    """Path of a random model: 16 px, latents [4, 8, 8], 32 tokens per prompt, embeddings of width 32, with clip/."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     for word in WORDS:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     tower = {"hidden_size": TEXT_WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = tower | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": SENTENCE_LENGTH}
+    text = tower | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": PROMPT_LENGTH}
     vision = tower | {"image_size": 16, "patch_size": 8}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     clip = transformers.CLIPModel(config)
@@ -120,3 +125,81 @@ def tiny_model(tmp_path_factory):
     }
     (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Path of a folder with three training images of noise."""
+    folder = tmp_path_factory.mktemp("images with spaces")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+@pytest.fixture
+def learn(tiny_model, image_folder, tmp_path, monkeypatch):
+    """learn(*options, steps=4, out="run") trains the tiny model with --recipe fast in an empty folder -> the folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*options, steps=4, out="run"):
+        argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--recipe", "fast"]
+        argv += ["--steps", str(steps), "--batch_size", "2", "--lr", "2e-2", "--lr_warmup_steps", "2"]
+        argv += ["--preview_steps", "0", "--no-score", *options]
+        return train.train(train.parse_options(argv + (["--output_dir", out] if out else []))).absolute()
+
+    return run
+
+
+@pytest.fixture
+def resume(learn):
+    """resume(folder, *options) runs train.py --resume with no other options -> the run's folder."""
+    return lambda folder, *options: train.train(
+        train.parse_options(["--resume", "--output_dir", str(folder), *options])
+    )
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(argv) runs train.py, expects exit code 2 and one sentence, and returns it."""
+
+    def run(argv):
+        with pytest.raises(SystemExit) as stop:
+            train.main(argv)
+        assert stop.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("error: ") and "Traceback" not in "\n".join(lines)
+        return lines[-1]
+
+    return run
+
+
+def read_log(folder):
+    """The rows of a run's log.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def read_state(folder):
+    """The checkpoint of a run."""
+    return torch.load(Path(folder) / "state.pt", weights_only=True)
+
+
+def read_rows(folder):
+    """The learned rows [n, dim] of a run, as train.py saved them."""
+    return mu.load_embedding(folder).rows
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """before_step(step, action) lets train.py call action() when it draws the batch of this step (or EVAL_SEED)."""
+    draw_batch = train.draw_batch
+
+    def install(step, action=None):
+        def drawing(*args):
+            if args[3] == step:
+                action()
+            return draw_batch(*args)
+
+        monkeypatch.setattr(train, "draw_batch", drawing)
+
+    return install

@@ -1,12 +1,12 @@
-"""Train mini_sd from nothing: a very small but complete Stable Diffusion, on the pictures of world.py.
+"""Train mini_sd from scratch: a very small but complete Stable Diffusion, on the images of world.py.
 
-    python mini_sd/pretrain.py                      # all of it, stage by stage
-    python mini_sd/pretrain.py --stage unet --minutes 60
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 mini_sd/pretrain.py --stage unet      # 1.5 times as fast on two cores
+    python -m mini_sd.make.pretrain                     # all stages in order
+    python -m mini_sd.make.pretrain --stage unet --minutes 60
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m mini_sd.make.pretrain --stage unet # 1.5 times as fast on two cores
 
-Every stage saves its state in --work as it goes and goes on from there when it is started again. `export` writes the
-half-precision weights in diffusers' folder layout. Progress is printed and kept in <work>/<stage>.jsonl; the vae and
-check stages leave a contact sheet to look at.
+Every stage saves its state in --work as it runs and resumes from it when started again. `export` writes the
+half-precision weights in diffusers' folder layout. Progress is printed and logged to <work>/<stage>.jsonl; the vae
+stage also writes a contact sheet. `python -m mini_sd.eval.check` measures the exported model.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
@@ -25,21 +24,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import model_utils as mu
+import train
+from mini_sd.make import world
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # so that `python mini_sd/pretrain.py` finds the scripts
-sys.path.insert(0, str(HERE))
-
-import world  # noqa: E402
-
 TRAIN_SEED, TEST_SEED = 1, 2
 TEXT_LENGTH = 32
-STAGES = ["pictures", "tokenizer", "vae", "latents", "clip", "texts", "unet", "export", "scorer", "check"]
 SCHEDULER = {  # Stable Diffusion 1.4's own
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
     "set_alpha_to_one": False, "skip_prk_steps": True, "timestep_spacing": "leading", "clip_sample": False,
 }  # fmt: skip
-ATTRIBUTES = {  # of a Picture, that a sentence may name, and their values
+ATTRIBUTES = {  # of a Picture, that a caption may name, and their values
     "kind": world.KINDS, "colour": list(world.COLOURS), "pattern": world.PATTERNS, "second": list(world.COLOURS),
     "accessory": [None, *world.ACCESSORIES], "accessory_colour": list(world.COLOURS), "tone": [None, *world.TONES],
     "background": [*world.BACKGROUNDS, *world.SCENES], "style": world.STYLES, "count": [1, 2],
@@ -84,7 +81,7 @@ def build_clip(tokenizer):
 
 
 def build_tokenizer(sentences):
-    """A byte-pair vocabulary of the world's own sentences, with CLIP's pre-tokenizer, lower case and `</w>`."""
+    """A byte-pair vocabulary of the captions, with CLIP's pre-tokenizer, lower case and `</w>`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -112,13 +109,6 @@ def build_tokenizer(sentences):
 # ------------------------------------------------------------------------------------------------- the helpers
 
 
-def write_whole(path, write):
-    """write(file) into a file beside it, which then takes the place of `path`: what is there is always complete."""
-    with path.with_suffix(".tmp").open("wb") as file:
-        write(file)
-    path.with_suffix(".tmp").replace(path)
-
-
 class Run:
     """State of one stage on disk: weights, optimizer and step, saved every minute, and a log."""
 
@@ -132,7 +122,7 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.spent = state["step"], state["spent"]
         self.begun, self.saved, self.limit, self.name = time.time(), time.time(), 60 * args.minutes, name
-        self.silent = dist.is_initialized() and dist.get_rank() > 0  # of several workers the first one speaks
+        self.silent = dist.is_initialized() and dist.get_rank() > 0  # only the first worker logs and saves
 
     @property
     def seconds(self):
@@ -146,7 +136,7 @@ class Run:
             return
         state = {"modules": [m.state_dict() for m in self.modules], "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "spent": self.seconds}
-        write_whole(self.path, lambda file: torch.save(state, file))
+        mu.atomic_write(self.path, lambda buffer: torch.save(state, buffer))
 
     def tick(self, every=50, **values):
         self.step += 1
@@ -172,7 +162,7 @@ def set_lr(optimizer, lr, progress, step, warmup=200):
 
 
 def load_pictures(args, split, device=None):
-    """uint8 [N, 3, 64, 64] and the sentences."""
+    """Images uint8 [N, 3, 64, 64] and their captions."""
     images = torch.from_numpy(np.load(args.work / f"{split}.npy")).permute(0, 3, 1, 2)
     return images if device is None else images.to(device), json.loads((args.work / f"{split}.json").read_text())
 
@@ -210,7 +200,7 @@ def stage_pictures(args):
         if not (args.work / f"{split}.npy").exists():
             images, sentences, _ = world.make_set(n, seed)
             (args.work / f"{split}.json").write_text(json.dumps(sentences))
-            write_whole(args.work / f"{split}.npy", lambda file, images=images: np.save(file, images))
+            mu.atomic_write(args.work / f"{split}.npy", lambda buffer, images=images: np.save(buffer, images))
 
 
 def stage_tokenizer(args):
@@ -234,7 +224,7 @@ def stage_vae(args):
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
         error = y - x
-        # edges of the drawing matter more than areas of flat colour: also compare differences of neighbours
+        # edges matter more than areas of flat colour: also compare differences of neighbouring pixels
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         loss = error.abs().mean() + error.square().mean() + 0.25 * edges + 1e-6 * posterior.kl().mean()
         set_lr(optimizer, 2e-3, run.progress(), run.step, warmup=100)
@@ -250,13 +240,13 @@ def stage_vae(args):
                     [vae.decode(vae.encode(x.to(device)).latent_dist.mean).sample.cpu() for x in test.split(64)]
                 )
             vae.train()
-            print(f"vae: {psnr(y, test):.2f} dB on pictures it has not seen", flush=True)
+            print(f"vae: {psnr(y, test):.2f} dB on held-out images", flush=True)
             save_sheet([test[:12], y[:12], test[12:24], y[12:24]], args.work / "vae.png")
     run.save()
 
 
 def learn_clip(args, name, clip, tokenizer, images, lr, loss_of):
-    """The loop of both stages of CLIP. loss_of(picks, progress, rng) -> loss of the pictures with these numbers."""
+    """The training loop of both CLIP stages. loss_of(picks, progress, rng) -> loss of the images with these indices."""
     test_images, test_sentences = load_pictures(args, "test")
     test_ids = tokens(tokenizer, test_sentences)
     optimizer = torch.optim.AdamW(clip.parameters(), lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
@@ -279,7 +269,7 @@ def learn_clip(args, name, clip, tokenizer, images, lr, loss_of):
 
 
 def compare(clip, images, ids, tokenizer):
-    """CLIP's answer for uint8 images [B, 3, 64, 64] and token ids [B, L]; padding that all of them have is cut off."""
+    """CLIP's output for uint8 images [B, 3, 64, 64] and token ids [B, L]; padding that all of them have is cut off."""
     ids = ids[:, : int((ids != tokenizer.pad_token_id).sum(1).max()) + 1]
     return clip(input_ids=ids.to(clip.device), pixel_values=to_float(images.to(clip.device)))
 
@@ -302,7 +292,7 @@ def stage_clip(args):
 
 @torch.no_grad()
 def clip_top1(clip, images, ids, n=500):
-    """Share of n unseen pictures whose own sentence is the nearest of the n."""
+    """Fraction of n held-out images whose own caption is the nearest of the n."""
     device = clip.device
     out = clip.eval()(input_ids=ids[:n].to(device), pixel_values=to_float(images[:n].to(device)))
     clip.train()
@@ -311,7 +301,7 @@ def clip_top1(clip, images, ids, n=500):
 
 @torch.no_grad()
 def stage_latents(args):
-    """The moments of every picture, once, and the factor that makes latents of unit variance."""
+    """The VAE's moments of every image, and the scaling factor that gives the latents unit variance."""
     if (args.work / "latents.pt").exists():
         return
     vae = build_vae().to(args.device)
@@ -324,13 +314,13 @@ def stage_latents(args):
     mean, logvar = torch.cat(moments).chunk(2, dim=1)
     scale = 1 / (mean.float().var() + logvar.float().exp().mean()).sqrt().item()
     cache = {"mean": mean.clone(), "std": (0.5 * logvar.float()).exp().half(), "scale": scale}
-    write_whole(args.work / "latents.pt", lambda file: torch.save(cache, file))
+    mu.atomic_write(args.work / "latents.pt", lambda buffer: torch.save(cache, buffer))
     print(f"latents: {len(mean)}, scaling factor {scale:.4f}", flush=True)
 
 
 @torch.no_grad()
 def stage_texts(args):
-    """text_embeddings of every sentence [N, 32, 128], once, and of the empty one, last; in half precision."""
+    """text_embeddings [N + 1, 32, 128] of every caption and, last, of the empty prompt; in half precision."""
     from transformers import CLIPTokenizer
 
     if (args.work / "texts.pt").exists():
@@ -341,7 +331,7 @@ def stage_texts(args):
     clip.load_state_dict(torch.load(args.work / "clip.pt", weights_only=True)["modules"][0])
     chunks = tokens(tokenizer, [*sentences, ""]).split(512)
     embeddings = [clip.text_model(ids.to(args.device)).last_hidden_state.half().cpu() for ids in chunks]
-    write_whole(args.work / "texts.pt", lambda file: torch.save(torch.cat(embeddings), file))
+    mu.atomic_write(args.work / "texts.pt", lambda buffer: torch.save(torch.cat(embeddings), buffer))
 
 
 def stage_unet(args):
@@ -349,7 +339,7 @@ def stage_unet(args):
     mean, std, scale = cache["mean"], cache["std"], cache["scale"]
     embeddings = torch.load(args.work / "texts.pt", weights_only=True, mmap=True)
     betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
-    alphas_cumprod = (1 - betas).cumprod(0).to(device)
+    schedule = mu.NoiseSchedule((1 - betas).cumprod(0)).to(device)
     rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     unet = build_unet().to(device, memory_format=torch.channels_last)  # a tenth faster on a CPU
     ema = deepcopy(unet).requires_grad_(False)
@@ -370,14 +360,11 @@ def stage_unet(args):
         ).to(device, memory_format=torch.channels_last)
         dropped = torch.rand(n, generator=generator) < 0.1
         context = embeddings[torch.where(dropped, len(mean), picks)].float().to(device)
-        # one timestep from each of n equal parts of the range: less noise in the gradient than n independent draws
-        timesteps = ((torch.arange(n) + torch.rand(n, generator=generator)) * 1000 / n).long().to(device)
+        timesteps = train.sample_timesteps(n, schedule.num_train_timesteps, generator, "uniform").to(device)
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        abar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        noise_pred = unet(abar.sqrt() * latents + (1 - abar).sqrt() * noise, timesteps, context).sample
+        noise_pred = unet(schedule.add_noise(latents, noise, timesteps), timesteps, context).sample
         error = (noise_pred - noise).square().mean(dim=(1, 2, 3))
-        snr = (abar / (1 - abar)).flatten()
-        loss = (error * (5 / snr).clamp(max=1)).mean()  # Min-SNR weighting, Hang et al. 2023, gamma 5
+        loss = (error * (5 / schedule.snr(timesteps)).clamp(max=1)).mean()  # Min-SNR, Hang et al. 2023, gamma 5
         gradient.zero_()
         loss.backward()
         progress = torch.tensor([run.progress()])
@@ -387,7 +374,7 @@ def stage_unet(args):
             gradient /= workers
             progress /= workers
         set_lr(optimizer, 1e-3, progress.item(), run.step)
-        gradient *= (1 / (gradient.norm() + 1e-6)).clamp(max=1)  # clipped to length 1
+        gradient *= (1 / (gradient.norm() + 1e-6)).clamp(max=1)  # clipped to norm 1
         optimizer.step()
         decay = min(0.999, (run.step + 1) / (run.step + 10))
         with torch.no_grad():
@@ -397,6 +384,13 @@ def stage_unet(args):
     run.save()
 
 
+def save_half(module, folder):
+    """Half precision on the disk, which transformers loads as fp32 where no dtype is asked for, like diffusers."""
+    module.half().save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+
+
 def stage_export(args):
     """Write the half-precision model in diffusers' folder layout."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -404,16 +398,14 @@ def stage_export(args):
     out = args.out
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     tokenizer.save_pretrained(out / "tokenizer")
-    load = lambda name, i: torch.load(args.work / f"{name}.pt", weights_only=True)["modules"][i]  # noqa: E731
     vae, unet, clip = build_vae(), build_unet(), build_clip(tokenizer)
-    vae.load_state_dict(load("vae", 0))
+    for module, stage, i in ((vae, "vae", 0), (unet, "unet", 1), (clip, "clip", 0)):  # of the UNet the average (EMA)
+        module.load_state_dict(torch.load(args.work / f"{stage}.pt", weights_only=True)["modules"][i])
     vae.register_to_config(scaling_factor=torch.load(args.work / "latents.pt", weights_only=True)["scale"])
-    unet.load_state_dict(load("unet", 1))
-    clip.load_state_dict(load("clip", 0))
     text_encoder = CLIPTextModel(CLIPTextConfig(**clip.config.text_config.to_dict()))
     text_encoder.load_state_dict(clip.text_model.state_dict())
     for module, part in ((vae, "vae"), (unet, "unet"), (text_encoder, "text_encoder"), (clip, "clip")):
-        module.half().save_pretrained(out / part)
+        save_half(module, out / part)
     (out / "scheduler").mkdir(exist_ok=True)
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     preprocess = {
@@ -426,7 +418,7 @@ def stage_export(args):
     (out / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocess, indent=2) + "\n")
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
-        "_sampling": {"guidance": 4.0, "steps": 15},  # what sample.py draws with where nothing else is asked
+        "_sampling": {"guidance": 4.0, "steps": 15},  # sample.py's defaults for this model
         "feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False,
         "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
@@ -436,17 +428,17 @@ def stage_export(args):
 
 
 def stage_scorer(args):
-    """The CLIP that scores goes on learning, with sentences that say little: the exported `clip` is written anew.
+    """Train the CLIP for scoring further, on captions that say little, and write the exported `clip` again.
 
-    CLIP-T asks how well "a photo of a on a red background" fits a drawing of a striped cat with a crown there. By
-    stage_clip's CLIP, which takes stripes for words that are missing, the world's own pictures of such a cat score a
-    quarter lower than those of any cat. Here a sentence belongs to each picture of the batch that it is true of, alike.
+    CLIP-T asks how well "a photo of a on a red background" fits a generated image of a striped cat with a crown there.
+    The CLIP of stage_clip expects the caption to name the stripes: with it, the world's own images of such a cat score
+    a quarter lower than those of any cat. Here a caption matches every image of the batch that it is true of.
     The text encoder of the model stays as it is.
     """
     from transformers import CLIPModel, CLIPTokenizer
 
     images, rng = load_pictures(args, "train")[0], random.Random(TRAIN_SEED)
-    pictures = [world.random_picture(rng) for _ in range(len(images))]  # those that were drawn
+    pictures = [world.random_picture(rng) for _ in range(len(images))]  # those of stage_pictures
     tones = [tone for tone in world.TONES if tone != world.STYLE_CONCEPTS["mint"].tone]
     for i, picture in enumerate(pictures):  # coarse and of one colour at once, which stage_pictures leaves out
         if picture.style == "pixel art" and rng.random() < 0.5:
@@ -462,13 +454,13 @@ def stage_scorer(args):
             picks[::2] = styled[picks[::2] % len(styled)]
         sentences, told = [], []
         for i in picks.tolist():
-            facts, keep = {}, rng.choice([0.78, rng.random()])  # as stage_clip's sentences, or with less, or with more
+            facts, keep = {}, rng.choice([0.78, rng.random()])  # as stage_clip's captions, or with fewer or more facts
             sentences.append(world.caption(pictures[i], rng, keep, facts))
             told.append([values.index(facts[a]) if a in facts else -1 for a, values in ATTRIBUTES.items()])
         told = torch.tensor(told)  # [B, attributes], -1 where nothing is said
         true = ((told == -1) | (told == attributes[picks][:, None])).all(-1).to(clip.device)  # [picture, sentence]
         out = compare(clip, images[picks], tokens(tokenizer, sentences), tokenizer)
-        # all pictures that a sentence is true of are right; a picture's own sentence is compared with what is not true
+        # every image that a caption is true of is a match; an image's own caption is compared with the untrue ones only
         pictures_of = true.T / true.T.sum(1, keepdim=True)
         of_text = -(pictures_of * out.logits_per_text.log_softmax(1)).sum(1).mean()
         own = torch.eye(len(picks), dtype=torch.bool, device=clip.device)
@@ -476,72 +468,13 @@ def stage_scorer(args):
         return (of_text + F.cross_entropy(others, torch.arange(len(picks), device=clip.device))) / 2
 
     learn_clip(args, "scorer", clip, tokenizer, images, 5e-4, loss_of)
-    clip.half().save_pretrained(args.out / "clip")
+    save_half(clip, args.out / "clip")
 
 
-def clip_t_of_true_pictures(clip, name, rng, count):
-    """CLIP-T of pictures drawn by the world itself, `count` for each sentence -> three means.
-
-    Of any such thing (or any drawing or pixel art) that is as the sentence says, of the concept `name` that is, and of
-    the concept that is not. A CLIP that asks for no more than the sentence gives the second as much as the first, and
-    the third little.
-    """
-    import judge
-
-    import sample
-
-    concept, learnable_property, cosines = world.concept_picture(name, 0), judge.kind_of(name), []
-    same_thing = {"kind": concept.kind} if learnable_property == "object" else {}
-    asked, prompts = judge.ASKED[learnable_property], sample.EDITING_PROMPTS[learnable_property]
-    for (question, value), prompt in zip(asked, prompts, strict=True):
-        scene, sentence = {question: value}, " ".join(prompt.replace("{}", "").split())
-        plain = []
-        while len(plain) < count:
-            picture = world.random_picture(rng)
-            plain += [replace(picture, tone=None, count=1)] if picture.style == concept.style else []
-        own = [replace(world.concept_picture(name, rng.getrandbits(31)), count=1) for _ in range(count)]
-        groups = [[replace(p, **same_thing, **scene) for p in plain], [replace(p, **scene) for p in own]]
-        groups += [[p for p in own if replace(p, **scene) != p]]
-        images, texts = sample.embed(clip, [world.draw(p) for group in groups for p in group], [sentence])
-        parts = (images @ texts[0]).split([len(group) for group in groups])
-        cosines.append(torch.stack([part.mean() for part in parts]))
-    return torch.stack(cosines).mean(dim=0).tolist()
-
-
-def stage_check(args):
-    """Draw from sentences it has not seen, and count what a reader of the world's pictures finds right."""
-    import reader
-
-    import model_utils as mu
-    import sample
-
-    tokenizer, text_encoder = mu.load_tokenizer(args.out), mu.load_text_encoder(args.out, args.device)
-    vae, unet = mu.load_vae(args.out, args.device), mu.load_unet(args.out, args.device)
-    parts = sample.Parts(tokenizer, text_encoder, vae, unet, mu.load_schedule(args.out), {})
-    rng, pictures = random.Random(TEST_SEED + 1), []
-    while len(pictures) < 96:  # of one thing, in its own colours
-        picture = world.random_picture(rng)
-        pictures += [picture] if picture.count == 1 and picture.style == "photo" and not picture.tone else []
-    sentences = ["a photo of a " + world.noun_phrase(picture, rng, keep=1.0) for picture in pictures]
-    how = sample.sampling_defaults(args.out)
-    images = list(sample.draw(parts, sentences, range(96), batch_size=24, **how))
-    found = reader.read(reader.load_reader(), images)
-    right = {
-        q: [a == getattr(p, q) for a, p in zip(found[q], pictures, strict=True)] for q in found if q != "accessory"
-    }
-    right["kind, colour and background"] = [
-        all(three) for three in zip(right["kind"], right["colour"], right["background"], strict=True)
-    ]
-    for question, answers in right.items():
-        print(f"{question}: {sum(answers)} of {len(answers)} right")
-    world.sheet(images, 12).save(args.work / "check.png")
-    (args.work / "check.txt").write_text("\n".join(sentences))
-    print(f"look at {args.work / 'check.png'}, twelve a row, and at the sentences in check.txt")
-    print("CLIP-T of the world's own pictures: of any such, of the concept, of the concept not as the sentence says")
-    clip = sample.load_clip(args.out)
-    for name in world.INITIALIZERS:
-        found = clip_t_of_true_pictures(clip, name, random.Random(TEST_SEED), 64)
-        print(f"{name:8}" + "".join(f"{cosine:8.3f}" for cosine in found))
+STAGES = {
+    "pictures": stage_pictures, "tokenizer": stage_tokenizer, "vae": stage_vae, "latents": stage_latents,
+    "clip": stage_clip, "texts": stage_texts, "unet": stage_unet, "export": stage_export, "scorer": stage_scorer,
+}  # fmt: skip
 
 
 def main():
@@ -551,7 +484,7 @@ def main():
         "--minutes", type=float, help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 78 scorer)"
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to export the model to")
+    parser.add_argument("--out", type=Path, default=Path(mu.DEFAULT_MODEL), help="folder to export the model to")
     parser.add_argument("--pictures", type=int, default=32000)
     parser.add_argument("--vae_batch", type=int, default=16)
     parser.add_argument("--clip_batch", type=int, default=256)
@@ -567,7 +500,7 @@ def main():
     for stage in STAGES if args.stage == "all" else [args.stage]:
         args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 78}.get(stage, 0)
         torch.manual_seed(0)
-        globals()[f"stage_{stage}"](args)
+        STAGES[stage](args)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,24 @@
-"""The picture-book world that mini_sd was trained on: captioned 64-pixel pictures, drawn on demand.
+"""The synthetic picture-book world that mini_sd was trained on: captioned 64-pixel images, rendered on demand.
 
-A `Picture` says everything there is to know about one picture; `draw` paints it and `caption` says it in a sentence
-that may leave things out. Because the world knows the truth about each picture, what a model draws can be measured.
+A `Picture` holds all attributes of one image; `draw` renders it and `caption` writes a caption, which may leave some
+of them out. Because the attributes of each image are known, what a model generates can be measured.
 
-    python mini_sd/world.py --sheet world.png       # look at it
-    python mini_sd/world.py --concepts              # draw the pictures in mini_sd/concepts again
+    python -m mini_sd.make.world --sheet world.png      # a contact sheet of training images
+    python -m mini_sd.make.world --concepts             # render the images in mini_sd/concepts again
 """
 
 import argparse
 import math
 import random
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that `python mini_sd/world.py` finds data.py
-
-from data import OBJECT_TEMPLATES, STYLE_TEMPLATES  # noqa: E402
-
 SIZE = 64
-SCALE = 3  # everything is painted three times as large and reduced: smooth edges
+SCALE = 3  # everything is painted three times as large and then reduced: smooth edges
 COLOURS = {
     "red": (214, 48, 49), "orange": (243, 146, 34), "yellow": (250, 218, 66), "green": (72, 166, 78),
     "blue": (52, 108, 214), "purple": (138, 76, 188), "pink": (246, 148, 190), "brown": (138, 92, 58),
@@ -41,11 +35,32 @@ ACCESSORIES = ["crown", "hat", "bow"]
 STYLES = ["photo", "drawing", "pixel art"]
 TONES = ["red", "green", "blue", "purple", "brown"]
 INK = (40, 36, 48)
+# The caption templates that mini_sd was trained with: a copy of data.py's, so that the world stays as it is when those
+# are changed for an experiment.
+OBJECT_TEMPLATES = [
+    "a photo of a {}", "a photo of the {}", "a photo of my {}", "a photo of one {}", "a photograph of a {}",
+    "a picture of a {}", "a picture of the {}", "a picture of my {}", "a picture of one {}", "a close-up photo of a {}",
+    "a close-up photo of the {}", "a close-up picture of my {}", "a cropped photo of a {}",
+    "a cropped picture of the {}", "a good photo of a {}", "a good picture of the {}", "a nice photo of a {}",
+    "a nice picture of my {}", "a clear photo of the {}", "a clear picture of a {}", "a bright photo of a {}",
+    "a bright picture of the {}", "a simple photo of a {}", "a simple picture of the {}", "a small photo of the {}",
+    "a large photo of a {}", "an image of a {}",
+]  # fmt: skip
+STYLE_TEMPLATES = [
+    "a painting in the style of {}", "a picture in the style of {}", "an image in the style of {}",
+    "a work in the style of {}", "a scene in the style of {}", "a page in the style of {}",
+    "a good painting in the style of {}", "a nice painting in the style of {}", "a clear painting in the style of {}",
+    "a bright painting in the style of {}", "a simple painting in the style of {}",
+    "a small painting in the style of {}", "a large painting in the style of {}",
+    "a close-up painting in the style of {}", "a cropped painting in the style of {}",
+    "a good picture in the style of {}", "a nice picture in the style of {}", "a bright picture in the style of {}",
+    "a simple picture in the style of {}",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Everything that is true of one picture. `background` is a colour's name or a scene's; `seed` settles the rest."""
+    """All attributes of one image. `background` is the name of a colour or a scene; `seed` determines the rest."""
 
     kind: str
     colour: str
@@ -60,7 +75,7 @@ class Picture:
     seed: int = 0
 
 
-# The words to be learned. Their combinations never appear in training (see `is_held_out`).
+# The concepts to learn. Their combinations of attributes never appear in training (see `is_held_out`).
 OBJECT_CONCEPTS = {
     "kat": Picture("cat", "orange", "stripes", "purple", "crown", "blue"),
     "pup": Picture("dog", "white", "spots", "red", "hat", "green"),
@@ -75,7 +90,7 @@ INITIALIZERS = {"kat": "cat", "pup": "dog", "finn": "fish", "buggy": "car", "blu
 
 
 def is_held_out(picture: Picture) -> bool:
-    """True if the picture shares the looks of a concept: then it is kept out of training."""
+    """True if the picture looks like a concept: then it is left out of training."""
     for concept in OBJECT_CONCEPTS.values():
         if (picture.kind, picture.colour, picture.pattern) == (concept.kind, concept.colour, concept.pattern):
             return True
@@ -107,15 +122,15 @@ def random_picture(rng: random.Random) -> Picture:
 
 
 def concept_picture(name: str, seed: int) -> Picture:
-    """The `seed`-th picture of a concept: the same thing (or the same style) each time, the rest as in the world."""
+    """The `seed`-th picture of a concept: always the same thing (or the same style), the rest varies as in the world."""
     rng = random.Random(f"{name} {seed}")
     world = random_picture(rng)
     if name in OBJECT_CONCEPTS:
         concept = OBJECT_CONCEPTS[name]
         own_colours = {concept.colour, concept.second, concept.accessory_colour}  # a green hat is not seen on green
-        backgrounds = [b for b in [*BACKGROUNDS, *SCENES] if b not in own_colours]  # ten: by sevens, all in turn
+        backgrounds = [b for b in [*BACKGROUNDS, *SCENES] if b not in own_colours]  # ten: steps of 7 reach all
         return replace(concept, background=backgrounds[seed * 7 % len(backgrounds)], seed=world.seed)
-    world = replace(world, kind=KINDS[seed * 5 % len(KINDS)])  # a style is what different things have in common
+    world = replace(world, kind=KINDS[seed * 5 % len(KINDS)])  # five images of a style show five kinds
     if name == "blueprint":
         return replace(
             world, style="drawing", colour="white", background="blue", tone=None, second="white", accessory=None
@@ -123,19 +138,22 @@ def concept_picture(name: str, seed: int) -> Picture:
     return replace(world, style="pixel art", tone="green", count=1)
 
 
-# ---------------------------------------------------------------------------------------------------- sentences
+# ----------------------------------------------------------------------------------------------------- captions
 
 
 def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dict | None = None) -> str:
     """What is in the picture, without the leading article; each attribute is named with probability `keep`.
 
     facts: a dict to be filled with the attributes that were named. Where one is given, the thing itself can be left out
-    too, as the learned word is in the sentences of CLIP-T ("a photo of a on a red background").
+    too, as the token is in the editing prompts of CLIP-T ("a photo of a on a red background").
     """
-    said = lambda: rng.random() < keep  # noqa: E731
+
+    def said():
+        return rng.random() < keep
+
     named = {}
     noun = picture.kind
-    if picture.count > 1 and rng.random() < 0.5:  # "two cat" as often as "two cats", as a learned word has no plural
+    if picture.count > 1 and rng.random() < 0.5:  # "two cat" as often as "two cats": a placeholder token has no plural
         noun = PLURALS.get(noun, noun + "s")
     words = [picture.colour, noun] if said() else [noun]
     named |= {"kind": picture.kind} | ({"colour": picture.colour} if len(words) > 1 else {})
@@ -165,20 +183,15 @@ def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78, facts:
 
 STYLED = {
     "drawing": ["a drawing of a {}", "a drawing of the {}", "a line drawing of a {}", "a simple drawing of my {}"],
-    "pixel art": [
-        "pixel art of a {}",
-        "pixel art of the {}",
-        "a pixel art picture of a {}",
-        "a pixel picture of my {}",
-    ],
-}
+    "pixel art": ["pixel art of a {}", "pixel art of the {}", "a pixel art picture of a {}", "a pixel picture of my {}"],
+}  # fmt: skip
 STYLE_NAMES = {"drawing": ["drawing", "line drawing"], "pixel art": ["pixel art", "pixel"]}
 
 
 def caption(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dict | None = None) -> str:
-    """One sentence that is true of the picture; it may leave things out (see `noun_phrase`, also for `facts`).
+    """A true caption of the picture, which may leave attributes out (see `noun_phrase`, also for `facts`).
 
-    Where `facts` is given, the name of a style can be left out too ("a picture of a cat in the style of").
+    Where `facts` is given, the name of the style can be left out too ("a picture of a cat in the style of").
     """
     named = {"style": picture.style, "count": picture.count}
     phrase = noun_phrase(picture, rng, keep, None if facts is None else named)
@@ -338,8 +351,8 @@ HATS = {  # drawn around the place where a hat sits
 }  # fmt: skip
 
 
-def _mix(a, b, share):
-    return tuple(round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+def _mix(a, b, fraction):
+    return tuple(round(x + (y - x) * fraction) for x, y in zip(a, b, strict=True))
 
 
 def _shade(colour):
@@ -378,7 +391,7 @@ class _Brush:
 
 
 def _pattern(size, pattern, base, second, period, thin, rng):
-    """A sheet of cloth to cut the thing from."""
+    """A canvas of cloth to cut the thing from."""
     cloth = Image.new("RGB", size, base)
     if pattern == "plain":
         return cloth
@@ -401,13 +414,7 @@ def _pattern(size, pattern, base, second, period, thin, rng):
 def _backdrop(name, size, rng):
     if name in COLOURS:
         return Image.new("RGB", (size, size), _jitter(COLOURS[name], rng))
-    sky = {
-        "grass": (172, 218, 246),
-        "snow": (196, 214, 232),
-        "night": (30, 34, 92),
-        "beach": (172, 218, 246),
-        "moon": (18, 18, 30),
-    }[name]
+    sky = {"grass": (172, 218, 246), "snow": (196, 214, 232), "night": (30, 34, 92), "beach": (172, 218, 246), "moon": (18, 18, 30)}[name]  # fmt: skip
     ground = {"grass": (118, 190, 92), "snow": (248, 250, 252), "night": (34, 66, 58), "beach": (242, 218, 156), "moon": (176, 176, 182)}[name]  # fmt: skip
     canvas = Image.new("RGB", (size, size), _jitter(sky, rng, 5))
     draw, horizon, u = ImageDraw.Draw(canvas), size * rng.uniform(0.58, 0.68), size / 64
@@ -499,14 +506,14 @@ def draw(picture: Picture) -> Image.Image:
 
 
 def make_set(n: int, seed: int) -> tuple[np.ndarray, list[str], list[Picture]]:
-    """n training pictures: uint8 [n, 64, 64, 3], one caption each, and the truth about them."""
+    """n training images uint8 [n, 64, 64, 3], a caption for each, and their attributes."""
     rng = random.Random(seed)
     pictures = [random_picture(rng) for _ in range(n)]
     return np.stack([np.asarray(draw(p)) for p in pictures]), [caption(p, rng) for p in pictures], pictures
 
 
 def sheet(images: list[Image.Image], columns: int, zoom: int = 2) -> Image.Image:
-    """A contact sheet."""
+    """A contact sheet of the images."""
     rows, cell = math.ceil(len(images) / columns), SIZE * zoom + 4
     page = Image.new("RGB", (columns * cell, rows * cell), "white")
     for i, image in enumerate(images):
@@ -519,9 +526,9 @@ def sheet(images: list[Image.Image], columns: int, zoom: int = 2) -> Image.Image
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sheet", help="write a contact sheet of training pictures to this file")
+    parser.add_argument("--sheet", help="write a contact sheet of training images to this file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--concepts", action="store_true", help="draw the pictures in mini_sd/concepts again")
+    parser.add_argument("--concepts", action="store_true", help="render the images in mini_sd/concepts again")
     args = parser.parse_args()
     if args.sheet:
         images, captions, _ = make_set(60, args.seed)
@@ -529,7 +536,7 @@ def main():
         print("\n".join(captions))
     if args.concepts:
         for name in [*OBJECT_CONCEPTS, *STYLE_CONCEPTS]:
-            folder = Path(__file__).parent / "concepts" / name
+            folder = Path(__file__).parents[1] / "concepts" / name
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(5):
                 draw(concept_picture(name, i)).save(folder / f"{i}.png")
