@@ -62,7 +62,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv):
-        """Like argparse, with one line for an unknown option."""
+        """Like argparse, with one line for an unknown option, and for one that is no text."""
+        for word in argv:
+            if not word.isascii() and word != word.encode(errors="replace").decode():
+                self.error(f"{word!r} is not UTF-8: rename the file, or type it anew.")
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -95,8 +98,7 @@ def run_main(script, argv, memory_advice):
     except OSError as error:  # of the user's files: a folder without permission, a name that is too long
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; check the path and its permissions.", file=sys.stderr)
-        sys.exit(2)
+        _end(f"{error.filename}: {error.strerror}; check the path and its permissions.")
     except (UserError, RuntimeError, MemoryError) as error:
         message = str(error).lower()
         if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
@@ -105,11 +107,20 @@ def run_main(script, argv, memory_advice):
             error = f"--compile: PyTorch cannot compile on this machine ({_reason(error)}); leave it out."
         elif not isinstance(error, UserError):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(error):
+    print(f"error: {printable(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def printable(text):
+    """A text without the control characters with which a stranger's file could take over a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def quote(text):
@@ -271,10 +282,14 @@ def read_unet_config(model, revision=None):
 
 def read_config(folder):
     """The options that the run in a folder began with; {} where there is none. UserError if they are damaged."""
-    config = read_json(Path(folder, "config.json"))
-    if "placeholder_token" not in config:  # another program's
+    settings = Settings(Path(folder, "config.json"))
+    if "placeholder_token" not in settings.entries:  # another program's
         return {}
-    return config | {"model": model_of_name(config.get("model"))}
+    for name in ("placeholder_token", "initializer_token", "images", "model"):
+        settings.get(name, "", str)
+    settings.get("resolution", 512, int, 1, 8192)
+    settings.get("learnable_property", "object", ["object", "style"])
+    return settings.entries | {"model": model_of_name(settings.get("model", "", str))}
 
 
 def name_of_model(model):
@@ -282,6 +297,15 @@ def name_of_model(model):
     if Path(model).resolve() == Path(DEFAULT_MODEL).resolve():  # its folder moves with the project
         return Path(DEFAULT_MODEL).name
     return str(Path(model).resolve()) if Path(model).exists() else str(model)
+
+
+def refuse_download(model):
+    """UserError if a model that a file names, and not the user, is not on this machine."""
+    if not Path(model).exists():
+        with suppress(Exception):  # no Hub id
+            if isinstance(huggingface_hub.try_to_load_from_cache(str(model), "unet/config.json"), str):
+                return
+        raise UserError(f"the token was learned on {model!r}, which is not found here: name it with --model.")
 
 
 def model_of_name(name):

@@ -421,9 +421,12 @@ def run(args):
     metadata = {} if config or not sources else mu.load_embedding(sources[0], names[0] if names else None).metadata
     learned_on = config.get("model") or mu.model_of_name(metadata.get("base_model"))
     model, device = args.model or learned_on or mu.DEFAULT_MODEL, mu.choose_device(args.device)
+    if not args.model:
+        mu.refuse_download(model)
     from_run = {} if args.model else config  # another model has other files
     source = {name: getattr(args, name) or from_run.get(name) for name in ("revision", "variant")}
     dtype = mu.choose_dtype(args.precision, device)
+    print(f"model      {mu.printable(model)}")
     components = mu.load_components(model, device, dtype, **source, embeddings=embeddings)
 
     # 2. The settings: as given, else as the model's folder advises, else as usual with Stable Diffusion
@@ -438,6 +441,7 @@ def run(args):
     if args.score:
         if "images" not in config:
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
+        print(f"images     {mu.printable(config['images'])}")
         training_images = mu.to_pil(load_images(config["images"], config["resolution"]))
         initializer = config.get("initializer_token")
         is_word = initializer and mu.initializer_ids(components.tokenizer, initializer)  # or an embedding file

@@ -202,11 +202,10 @@ def has_converged(eval_losses, window=15, fraction=0.15):
 
 def announce(args, dataset, device, vocabulary_rms):
     """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
-    rates = [learning_rate(step, args) for step in range(args.steps)]
-    what = (
-        f"{dataset.summary}, {args.steps} steps of {args.batch_size * args.grad_accum}, learning rate {max(rates):.2g}"
-    )
-    print(f"training   {what} ({args.lr_scheduler}), {args.timestep_sampling} timesteps, {args.precision} on {device}")
+    rates, images = [learning_rate(step, args) for step in range(args.steps)], args.batch_size * args.grad_accum
+    what = f"{args.steps} steps of {images}, learning rate {max(rates):.2g} ({args.lr_scheduler})"
+    how = f"{args.timestep_sampling} timesteps, {args.precision} on {device}"
+    print(f"training   {dataset.summary}, {what}, {how}")
     recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
     recipe.lr = recipe.lr or vocabulary_rms
     usual = sum(learning_rate(step, recipe) for step in range(recipe.steps))
@@ -383,7 +382,7 @@ class Run:
     def __init__(self, args, dataset, model_fingerprint, learned_rows, optimizer, scaler, rank):
         self.args, self.dataset, self.model_fingerprint, self.rank = args, dataset, model_fingerprint, rank
         self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
-        self.step, self.log_rows, self.unwritten, self.new_previews, self.tensorboard = 0, [], "", [], None
+        self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", [], None
         self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
         resumed = args.resume and (self.folder / "state.pt").exists()  # if it was killed before its first save: anew
         if resumed:
@@ -435,6 +434,7 @@ class Run:
                 numbers = [row[name] for name in CURVES]
                 if row["step"] <= self.step and all(isinstance(x, float | int | None) for x in numbers):
                     self.log_rows.append(row)
+        self.restore_previews()
 
     def refuse_broken_rows(self):
         """UserError if the embedding is not finite: it is never saved."""
@@ -453,6 +453,7 @@ class Run:
         if self.rank > 0:
             return
         token, base_model = self.args.placeholder_token, mu.name_of_model(self.args.model)
+        base_model = Path(base_model).name if Path(self.args.model).exists() else base_model  # no folders of one's own
         state = {"token": token, "rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
         state |= {"scaler": self.scaler.state_dict(), "step": self.step}
         state |= {"images": self.dataset.fingerprint, "model": self.model_fingerprint}
@@ -500,54 +501,40 @@ class Run:
         return self.args.early_stop and has_converged([row["eval_loss"] for row in rows])
 
     def add_preview(self, images):
-        """Add a row of PIL images to preview.png, below the training images and the earlier rows."""
-        self.new_previews.append((self.step, sample.image_grid(images, len(images), [f"step {self.step}"])))
-        self.write_previews()
-
-    def write_previews(self):
-        """Write preview.png with the new rows, which wait for another time if that fails."""
-        if not self.new_previews:
-            return
-        first, row = self.new_previews[0]
-        columns = self.args.num_validation_images
-        steps, rows = [], [sample.image_grid(self.dataset.examples, columns, ["training images"])]
-        with suppress(Exception):  # there is none yet, or it is damaged: begin anew
-            with Image.open(self.folder / "preview.png") as sheet:
-                for i, step in enumerate(json.loads(sheet.text["steps"])[1 - PREVIEW_ROWS :], 1):
-                    if step < first and sheet.width == row.width:  # later ones are from before the resume
-                        rows.append(sheet.crop((0, i * row.height, row.width, (i + 1) * row.height)))
-                        steps.append(step)
-        steps += [step for step, _ in self.new_previews]
-        rows += [row for _, row in self.new_previews]
-        sheet = Image.new("RGB", (row.width, row.height * len(rows)), "white")
-        for i, strip in enumerate(rows):
+        """Add a row of PIL images to preview.png, below the training images; the newest rows stay."""
+        row = sample.image_grid(images, len(images), [f"step {self.step}"])
+        self.previews = [*self.previews, (self.step, row)][-PREVIEW_ROWS:]
+        strips = [sample.image_grid(self.dataset.examples, len(images), ["training images"])]
+        strips += [strip for _, strip in self.previews]
+        sheet = Image.new("RGB", (row.width, row.height * len(strips)), "white")
+        for i, strip in enumerate(strips):
             sheet.paste(strip, (0, i * row.height))
-        sample.save_png(sheet, self.folder / "preview.png", {"steps": json.dumps(steps)})
-        self.new_previews.clear()
+        steps = json.dumps([step for step, _ in self.previews])
+        sample.save_png(sheet, self.folder / "preview.png", {"steps": steps})
+
+    def restore_previews(self):
+        """Read the rows of preview.png up to the step of the checkpoint; none if it is not there or damaged."""
+        with suppress(Exception), Image.open(self.folder / "preview.png") as sheet:
+            steps = json.loads(sheet.text["steps"])
+            height = sheet.height // (1 + len(steps))
+            strips = [sheet.crop((0, i * height, sheet.width, (i + 1) * height)) for i in range(1, 1 + len(steps))]
+            self.previews = [pair for pair in zip(steps, strips, strict=True) if pair[0] <= self.step]
 
     def finish(self):
-        """Plot the log and report. UserError if a file cannot be written at last."""
+        """Say where everything is and what to do next, and plot the log."""
         if self.rank > 0:
             return
-        panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in CURVES.items()}
         if self.tensorboard:
             self.tensorboard.close()
-        try:
-            self.write_previews()  # only if that failed before
-            sample.plot_curves(panels, self.folder / "curves.png")
-        finally:
-            self.report()
-
-    def report(self):
-        """Print where everything is, and what to do next."""
-        files = {"embedding": "learned_embeds.safetensors", "log": "log.jsonl", "curves": "curves.png"}
-        for title, name in (files | {"preview": "preview.png"}).items():
-            if (self.folder / name).exists():
+        files = {"embedding": EMBEDDING_FILES[0], "log": "log.jsonl", "curves": "curves.png", "preview": "preview.png"}
+        for title, name in files.items():
+            if name != "preview.png" or self.previews:
                 print(f"{title:11}{self.folder / name}")
         prompt = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
-        prompt = prompt[self.args.learnable_property].format(self.args.placeholder_token)
-        folder = mu.quote(self.folder.as_posix())
-        print(f"{'try next':11}python sample.py --embedding {folder} --prompt {mu.quote(prompt)}")
+        prompt = mu.quote(prompt[self.args.learnable_property].format(self.args.placeholder_token))
+        print(f"{'try next':11}python sample.py --embedding {mu.quote(self.folder.as_posix())} --prompt {prompt}")
+        panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in CURVES.items()}
+        sample.plot_curves(panels, self.folder / "curves.png")
 
 
 def claim_folder(args):
@@ -764,6 +751,10 @@ def resumed_options(args, argv):
     except UserError as error:
         raise UserError(f"{Path(folder, 'config.json')}: {error}; correct it or start another run.") from error
     args = build_parser().parse_args([*config_argv, *argv])
+    if args.model == before.model:
+        mu.refuse_download(args.model)
+    shown = f"{args.placeholder_token}, model {args.model}, images {args.images}"
+    print(f"resuming   {mu.printable(folder)}: {mu.printable(shown)}")
     args.output_dir = folder
     args.precision = {"auto": before.precision, "no": "fp32"}.get(args.precision, args.precision)
     for name, value in vars(before).items():

@@ -13,10 +13,15 @@ from PIL import Image, ImageFile
 
 import data
 import model_utils as mu
-from data import LatentCache, draw_examples, list_images, load_images, read_image
+from data import LatentCache, list_images, load_images
 
 RED, GREEN, BLUE, SAND = COLOURS = [(200, 30, 40), (20, 160, 60), (40, 60, 220), (230, 200, 120)]
 GREYS, ALPHAS, LEVELS_16 = [0, 90, 180, 255], [255, 128, 0, 40], [0, 257 * 90, 257 * 180, 65535]
+
+
+def read_image(path, resolution):
+    """The colours alone, without the alpha."""
+    return data.read_image(path, resolution)[..., :3]
 
 
 def quarters(values, size=(48, 48), dtype=np.uint8):
@@ -28,8 +33,7 @@ def quarters(values, size=(48, 48), dtype=np.uint8):
 
 def assert_quarters(array, expected, atol=0):
     near, far = len(array) // 4, len(array) * 3 // 4
-    middles = array[[near, near, far, far], [near, far, near, far], :3].astype(int)
-    np.testing.assert_allclose(middles, expected, atol=atol)
+    np.testing.assert_allclose(array[[near, near, far, far], [near, far, near, far]].astype(int), expected, atol=atol)
 
 
 def save(folder, image, name, **options):
@@ -122,7 +126,7 @@ MODES = {  # image, suffix, options of save, expected colours, tolerance
 def test_every_mode_keeps_its_colours(tmp_path, mode):
     image, suffix, options, expected, atol = MODES[mode]
     array = read_image(save(tmp_path, image, f"image.{suffix}", **options), 24)
-    assert array.shape == (24, 24, 4) and array.dtype == np.uint8
+    assert array.shape == (24, 24, 3) and array.dtype == np.uint8
     assert_quarters(array, expected, atol)
 
 
@@ -132,7 +136,7 @@ def test_colours_under_full_transparency_do_not_bleed_out_in_the_resize(tmp_path
     array[20:44, 20:44] = (255, 0, 0, 255)  # but for a red square
     result = read_image(save(tmp_path, Image.fromarray(array), "a.png"), 24).astype(int)
     assert (result[..., 1] == result[..., 2]).all()  # white and red mix to pink: as much green as blue
-    assert result[12, 12].tolist() == [255, 0, 0, 255] and result[0, 0].tolist() == [255, 255, 255, 0]
+    assert result[12, 12].tolist() == [255, 0, 0] and result[0, 0].tolist() == [255, 255, 255]
 
 
 STORED = {  # what a camera held that way stores of the upright image: the inverse of EXIF's orientation
@@ -272,7 +276,7 @@ def test_images_are_sorted_channels_first_and_from_minus_one_to_one(tmp_path, ca
 
 def test_what_is_no_image_is_skipped_in_one_line_that_names_it(tmp_path, capsys):
     folder = fill(tmp_path, "a.png", "b.png", "._a.png", ".hidden.png")
-    for name in (".DS_Store", "clip.mp4", "raw.dng", "line\nbreak.txt", *(f"{i:03}.txt" for i in range(100))):
+    for name in (".DS_Store", "clip.mp4", "raw.cr2", "line\nbreak.txt", *(f"{i:03}.txt" for i in range(100))):
         (folder / name).write_bytes(b"x")
     (folder / "folder.png").mkdir()
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
@@ -284,11 +288,11 @@ def test_what_is_no_image_is_skipped_in_one_line_that_names_it(tmp_path, capsys)
 
 def test_names_that_are_not_utf8(tmp_path, capsys):
     try:
-        fill(tmp_path, os.fsdecode(b"caf\xe9.mp4"), os.fsdecode(b"caf\xe9.png"))
+        fill(tmp_path, os.fsdecode(b"caf\xe9.doc"), os.fsdecode(b"caf\xe9.png"))
     except OSError:
         pytest.skip("this file system takes no such names")
     assert len(load_images(tmp_path, 8)) == 1
-    assert r"'caf\udce9.mp4'" in capsys.readouterr().err
+    assert r"'caf\udce9.doc'" in capsys.readouterr().err
 
 
 def test_damaged_images_are_skipped_in_one_line_that_says_why(tmp_path, capsys):
@@ -298,17 +302,16 @@ def test_damaged_images_are_skipped_in_one_line_that_says_why(tmp_path, capsys):
     (folder / "d.png").write_bytes(png_bomb(60_000))
     assert torch.equal(load_images(folder, 16)[:, :, 0, 0], torch.tensor([RED, BLUE]) / 127.5 - 1)
     error = capsys.readouterr().err
-    assert error.startswith("skipped 2 of 4 images") and error.count("\n") == 1
-    assert "'b.jpg' (image file is truncated" in error and "'d.png' (3600 mega" in error
+    assert error.count("\n") == 1 and "'b.jpg' (image file is truncated" in error and "'d.png' (3600 mega" in error
 
 
 @pytest.mark.parametrize(
     "content, expected",
     [
         (None, ["No such file"]),
-        (b"a file", ["'my cat' (not an image of a known kind)"]),
+        (b"a file", ["not an image"]),
         ({}, ["it is empty", "JPEG"]),
-        ({"clip.mp4": b"x"}, ["only 'clip.mp4'", "JPEG"]),
+        ({"IMG_1.heic": b"x"}, ["'IMG_1.heic' (not an image of a known kind)"]),
         ({"a.png": encoded(RGB, "PNG")[:60], "b.jpg": b""}, ["'a.png' (", "'b.jpg' ("]),
     ],
 )
@@ -330,9 +333,6 @@ def test_a_folder_without_images_is_a_user_error(tmp_path, content, expected):
 # --- Templates, the latent cache, the examples of a step --------------------------------------------------------------
 
 
-MASKS = torch.ones(3, 1, 16, 16)
-
-
 @pytest.mark.parametrize("templates, count", [(data.OBJECT_TEMPLATES, 27), (data.STYLE_TEMPLATES, 19)])
 def test_templates_are_distinct_and_each_takes_one_token(templates, count):
     assert len(set(templates)) == len(templates) == count
@@ -342,7 +342,7 @@ def test_templates_are_distinct_and_each_takes_one_token(templates, count):
 def test_the_cache_holds_the_encodings_of_images_and_their_mirror_images(tiny_model):
     vae = mu.load_vae(tiny_model, "cpu")
     images = torch.rand(3, 3, 16, 16, generator=generator(0)) * 2 - 1
-    cache = data.encode_dataset(vae, images, MASKS)
+    cache = data.encode_dataset(vae, images, torch.ones(3, 1, 16, 16))
     for mirrored, inputs in enumerate([images, images.flip(-1)]):
         mean, std = mu.encode_images(vae, inputs)
         torch.testing.assert_close(cache.mean[:, mirrored], mean)
@@ -356,24 +356,29 @@ def test_a_vae_that_overflows_is_a_user_error(monkeypatch, overflowing):
     moments[overflowing][1, 0, 0, 0] = torch.inf
     monkeypatch.setattr(data, "encode_images", lambda vae, images, batch: tuple(moments.values()))
     with pytest.raises(mu.UserError, match="--model.*not finite"):
-        data.encode_dataset(None, torch.zeros(3, 3, 16, 16), MASKS)
+        data.encode_dataset(None, torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 8, 8))
 
 
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-TOKEN_IDS = (torch.arange(27)[:, None] * 100 + torch.arange(6)).expand(5, 27, 6)  # [N, T, L]
+TEMPLATE_IDS = torch.arange(27)[:, None] * 100 + torch.arange(6)  # [T, L]
 NUMBERS = (torch.arange(10.0).view(5, 2, 1, 1, 1) * 1000).expand(5, 2, 4, 3, 3)  # means that tell which one was drawn
 CACHE = LatentCache(NUMBERS, torch.rand(NUMBERS.shape, generator=generator(2)) + 0.5, torch.ones(5, 2, 1, 3, 3))
+
+
+def draw_examples(batch_size, generator):
+    """Latents, noise and token_ids of the examples of a step; each image has the same captions."""
+    return data.draw_examples(CACHE, TEMPLATE_IDS.expand(5, 27, 6), batch_size, generator)[:3]
 
 
 def test_examples_are_determined_by_their_generator():
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, again, other = (draw_examples(CACHE, TOKEN_IDS, 8, generator(seed)) for seed in (10, 10, 11))
+    first, again, other = (draw_examples(8, generator(seed)) for seed in (10, 10, 11))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first[:3], other[:3], strict=True))  # the masks are all ones
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is neither used nor moved
 
 
@@ -382,10 +387,10 @@ def test_images_and_captions_are_sampled_without_replacement(batch_size):
     steps = 2000 // batch_size
     totals = {5: torch.zeros(5), 2: torch.zeros(2), 27: torch.zeros(27)}  # images, mirroring, captions
     for step in range(steps):
-        latents, _, token_ids, _ = draw_examples(CACHE, TOKEN_IDS, batch_size, generator(step))
+        latents, _, token_ids = draw_examples(batch_size, generator(step))
         number = (latents[:, 0, 0, 0] / 1000).round().long()
         captions = token_ids[:, 0] // 100
-        assert torch.equal(token_ids, TOKEN_IDS[0, captions])
+        assert torch.equal(token_ids, TEMPLATE_IDS[captions])
         for count, drawn in ((5, number // 2), (27, captions)):
             counts = drawn.bincount(minlength=count)
             assert counts.max() - counts.min() <= 1
@@ -398,7 +403,7 @@ def test_images_and_captions_are_sampled_without_replacement(batch_size):
 
 def test_latents_are_fresh_samples_of_the_posterior_independent_of_the_noise():
     count = 20_000
-    latents, noise, _, _ = draw_examples(CACHE, TOKEN_IDS, count, generator(3))
+    latents, noise, _ = draw_examples(count, generator(3))
     number = (latents[:, 0, 0, 0] / 1000).round().long()
     drawn = (latents - CACHE.mean.flatten(0, 1)[number]) / CACHE.std.flatten(0, 1)[number]
     for sample in (drawn, noise):  # standard normal, within 5 standard errors
