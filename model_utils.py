@@ -336,7 +336,12 @@ def load_text_encoder(model, device, dtype=torch.float32, revision=None, variant
 
 def load_vae(model, device, dtype=torch.float32, revision=None, variant=None):
     """AutoencoderKL, frozen."""
-    return _load_frozen(diffusers.AutoencoderKL, "vae", model, device, dtype, revision, variant)
+    vae = _load_frozen(diffusers.AutoencoderKL, "vae", model, device, dtype, revision, variant)
+    settings = Settings(Path(model, "vae/config.json"), vae.config)
+    settings.get("scaling_factor", None, float, 1e-6, 1e6)
+    if vae.config.shift_factor is not None:
+        settings.get("shift_factor", None, float, -1e6, 1e6)
+    return vae
 
 
 def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):

@@ -201,6 +201,7 @@ def test_a_hostile_pickle_runs_no_code(tmp_path):
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
         (b"", "0 bytes"),
         (b"\x89PNG\r\n\x1a\n" + bytes(50), "damaged"),
+        (b"GIF89a" + bytes(50), "begins with b'GIF89a"),
         (b'{"error": "not found"}', "no embedding file"),
         (b"PK\x03\x04 and then nothing", "damaged"),
         (b"\x80\x02 and then nothing", "damaged"),

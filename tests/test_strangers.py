@@ -103,7 +103,8 @@ def test_a_folder_in_use_is_refused(learn, tmp_path, capsys):
 def test_two_samplings_in_one_folder_lose_no_image(tmp_path):
     script = (
         "import sample, sys\nfrom pathlib import Path\nfrom PIL import Image\n"
-        "for i in range(40):\n    sample.save_png(Image.new('RGB', (4, 4)), sample.claim_path(Path(sys.argv[1]), ''), {})\n"
+        "for i in range(40):\n"
+        "    sample.save_png(Image.new('RGB', (4, 4)), sample.claim_path(Path(sys.argv[1]), ''), {})\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(TRAIN_PY).parent)}
     run = [sys.executable, "-c", script, str(tmp_path / "samples")]
