@@ -162,15 +162,19 @@ def choose_dtype(precision, device):
 
 
 def lock_folder(folder):
-    """Keep a folder for this process until it ends. UserError if another process has it. (Not on Windows.)"""
+    """Lock a folder for this process as long as the file that is returned is kept. (Not on Windows.)
+
+    UserError if another process has it.
+    """
     with suppress(ImportError):
         import fcntl
 
-        handle = os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # stays open
+        file = os.fdopen(os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"--output_dir {folder} is in use by another run: name another folder.") from error
+        return file
 
 
 def to_device(tensor, device):

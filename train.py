@@ -384,6 +384,7 @@ class Run:
         self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
         self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", [], None
         self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
+        self.lock = mu.lock_folder(self.folder) if rank == 0 else None
         resumed = args.resume and (self.folder / "state.pt").exists()  # if it was killed before its first save: anew
         if resumed:
             self.restore()
@@ -419,14 +420,20 @@ class Run:
             raise UserError(f"--images {self.args.images}: these are not the images that {self.folder} began with.")
         if state["model"] != self.model_fingerprint:
             raise UserError(f"--model {self.args.model}: this is not the model that {self.folder} began with.")
-        rows, moments = state["rows"], state["optimizer"]["state"].get(0, {})
-        fits = all(value.shape in ((), rows.shape) and value.isfinite().all() for value in [rows, *moments.values()])
-        if state["token"] != self.args.placeholder_token or rows.shape != self.learned_rows.shape or not fits:
-            raise UserError(f"--resume: {self.folder}/state.pt is not of the run in config.json; start another run.")
-        self.learned_rows.data.copy_(rows)
-        groups = self.optimizer.state_dict()["param_groups"]  # settings are ours, only numbers come from the file
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        self.scaler.load_state_dict(state["scaler"])
+        try:
+            rows, moments = state["rows"], state["optimizer"]["state"].get(0, {})
+            numbers = [rows, *moments.values()]
+            if not all(value.shape in ((), self.learned_rows.shape) and value.isfinite().all() for value in numbers):
+                raise ValueError
+            if state["token"] != self.args.placeholder_token:
+                raise ValueError
+            self.learned_rows.data.copy_(rows)
+            groups = self.optimizer.state_dict()["param_groups"]  # settings are ours, only numbers come from the file
+            self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+            self.scaler.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            what = f"{self.folder / 'state.pt'} is not of the run in config.json"
+            raise UserError(f"--resume: {what}; start another run.") from error
         self.step, log = state["step"], self.folder / "log.jsonl"
         for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
             with suppress(ValueError, TypeError, KeyError, AttributeError):  # half a line, or a stranger's
@@ -540,7 +547,7 @@ class Run:
 def claim_folder(args):
     """Make the run's folder: --output_dir, else the next free of runs/<token>, runs/<token>-2, ... -> its path.
 
-    It is locked until the process ends. UserError if it cannot be made or another run is writing there.
+    UserError if it cannot be made.
     """
     token = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_")[:60] or "token"
     names = (f"{token}-{i}" if i > 1 else token for i in itertools.count(1))
@@ -551,7 +558,6 @@ def claim_folder(args):
             if folder.is_dir():
                 continue  # of another run, perhaps begun at the same moment
             raise UserError(f"--output_dir {folder} cannot be made: a file or broken link is in its way.") from None
-        mu.lock_folder(folder)
         args.output_dir = str(folder)
         return folder
 
