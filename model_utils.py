@@ -336,7 +336,12 @@ def load_text_encoder(model, device, dtype=torch.float32, revision=None, variant
 
 def load_vae(model, device, dtype=torch.float32, revision=None, variant=None):
     """AutoencoderKL, frozen."""
-    return _load_frozen(diffusers.AutoencoderKL, "vae", model, device, dtype, revision, variant)
+    vae = _load_frozen(diffusers.AutoencoderKL, "vae", model, device, dtype, revision, variant)
+    settings = Settings(Path(model, "vae/config.json"), vae.config)
+    settings.get("scaling_factor", None, float, 1e-6, 1e6)
+    if vae.config.shift_factor is not None:
+        settings.get("shift_factor", None, float, -1e6, 1e6)
+    return vae
 
 
 def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
@@ -807,7 +812,7 @@ def _find_embedding_file(source):
             return _fetch("--embedding", source, "learned_embeds.safetensors")
         return _fetch("--embedding", source, "learned_embeds.bin")
     for pattern in ("learned_embeds.safetensors", "learned_embeds.bin", "*.safetensors", "*.bin", "*.pt"):
-        if len(found := list(Path(source).glob(pattern))) == 1:
+        if len(found := [path for path in Path(source).glob(pattern) if path.is_file()]) == 1:
             return found[0]
     raise UserError(f"--embedding {source}: the folder holds no learned_embeds.safetensors; name the file itself.")
 

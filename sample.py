@@ -402,7 +402,7 @@ def check_prompts(components, prompts, negative_prompt=""):
 def run(args):
     """Generate images, or scores, as the options say. UserError if that cannot be done."""
     # 1. The tokens, and the model they were learned on
-    sources, names = args.embedding or newest_run(args.model), args.token or []
+    sources, names = args.embedding or newest_run(args.model if args.prompt else None), args.token or []
     if not sources and not (args.model and args.prompt):
         raise UserError("no run in runs/: run train.py first, name an --embedding, or both a --model and a --prompt.")
     if not sources:

@@ -1,16 +1,15 @@
-"""How long a step takes, side by side: a benchmark, not a test.
+"""Speed and memory, side by side: a benchmark, not a test.
 
-    python tests/bench.py                           # the embedded model
+    python tests/bench.py                           # the bundled model
     python tests/bench.py --full_size               # Stable Diffusion 1.4's sizes, random weights, 512 px: 12 GB, long
-    python tests/bench.py --full_size --memory      # only train.py itself, and what it keeps in memory
+    python tests/bench.py --full_size --memory      # train.py alone, and its memory
 
-All rows are measured in one run, in turns, so that a busy machine slows all of them alike; each is a median.
+All rows are measured in one run, in turns, so that a busy machine slows all of them alike. Each is a median.
 
-    ours        one round of train.py's own loop as it runs
-    mean        its mean, which has its share of the log lines (each with the loss of the fixed batch) as well
-    floor       the bare forward and backward of text encoder and UNet, which nothing can avoid
-    classical   the picture encoded at each step, CLIP's whole table trained by AdamW, all but the new row copied back;
-                with --precisions bf16 on a CPU that cannot multiply in it, one step alone: at full size it takes long
+    ours              one step of the loop in train.py
+    ours, mean        the mean of the same, with its share of the log (and its evaluation loss)
+    passes alone      the forward and backward pass of text encoder and UNet: a lower bound without --compile
+    diffusers' way    images encoded at each step, the whole table trained with AdamW, all other rows restored
 """
 
 import argparse
@@ -39,212 +38,219 @@ import sample  # noqa: E402
 import train  # noqa: E402
 
 
-def synchronise(device):
+def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def resident_gb(name="VmRSS"):
-    """Memory of this process now (VmRSS) or at most so far (VmHWM), mapped file pages included."""
+    """Memory of this process now (VmRSS) or its peak (VmHWM), mapped file pages included."""
     lines = Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else []
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(name)), float("nan"))
 
 
-class Classical:
-    """The step as diffusers' example script takes it, in its fewest lines."""
+class Stopwatch:
+    """Collects seconds by row."""
 
-    def __init__(self, options, encoder, unet, device, dtype):
-        self.tokenizer = mu.load_tokenizer(options.model)
-        self.ids = mu.add_placeholder(self.tokenizer, "<classical>")
-        self.encoder = encoder  # in fp32, for its table is trained
-        self.encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-        self.table = self.encoder.get_input_embeddings().weight.requires_grad_(True)
+    def __init__(self, device):
+        self.device, self.seconds = device, {}
+
+    def measure(self, row, function):
+        synchronize(self.device)
+        start = time.perf_counter()
+        function()
+        synchronize(self.device)
+        self.seconds.setdefault(row, []).append(time.perf_counter() - start)
+
+
+class DiffusersWay:
+    """The step of diffusers' example script in as few lines as possible."""
+
+    def __init__(self, args, device, dtype):
+        self.tokenizer = mu.load_tokenizer(args.model)
+        self.token_ids = mu.add_placeholder(self.tokenizer, "<new>")
+        self.text_encoder = mu.load_text_encoder(args.model, device)  # fp32: its table is trained
+        self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+        self.table = self.text_encoder.get_input_embeddings().weight.requires_grad_(True)
         self.original = self.table.detach().clone()
-        self.vae = mu.load_vae(options.model, device, dtype)
-        self.unet = unet.to(memory_format=torch.contiguous_format)  # as it is loaded
-        self.device, self.dtype = device, dtype
-        self.noising = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+        self.vae = mu.load_vae(args.model, device, dtype)
+        unet = mu.load_unet(args.model, device, dtype)
+        self.unet = unet.to(memory_format=torch.contiguous_format)  # as diffusers loads it
+        self.device, self.dtype, self.batch_size = device, dtype, args.batch_size
+        self.schedule = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
         self.optimizer = torch.optim.AdamW([self.table], lr=5e-4, weight_decay=1e-2)
-        sentences = [template.format("<classical>") for template in data.OBJECT_TEMPLATES]
-        self.sentences = mu.tokenize(self.tokenizer, sentences, {"<classical>": self.ids})
-        self.images, _ = data.load_images(options.images, options.resolution or self.vae.config.sample_size)
-        self.batch_size = options.batch_size
+        captions = [template.format("<new>") for template in data.OBJECT_TEMPLATES]
+        self.template_ids = mu.tokenize(self.tokenizer, captions, {"<new>": self.token_ids})
+        self.images = data.load_images(args.images, args.resolution or self.vae.config.sample_size)
 
     def step(self):
-        picks = torch.randint(len(self.images), (self.batch_size,))
-        images = self.images[picks].to(self.device, self.dtype)
-        ids = self.sentences[torch.randint(len(self.sentences), (self.batch_size,))].to(self.device)
+        images = self.images[torch.randint(len(self.images), (self.batch_size,))].to(self.device, self.dtype)
+        token_ids = self.template_ids[torch.randint(len(self.template_ids), (self.batch_size,))].to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             latents = self.vae.encode(images).latent_dist.sample() * self.vae.config.scaling_factor
             noise = torch.randn_like(latents)
             timesteps = torch.randint(1000, (self.batch_size,), device=self.device)
-            noisy_latents = self.noising.add_noise(latents, noise, timesteps)
-            text_embeddings = self.encoder(ids).last_hidden_state
+            noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
+            text_embeddings = self.text_encoder(token_ids).last_hidden_state
             noise_pred = self.unet(noisy_latents, timesteps, text_embeddings).sample
             loss = (noise_pred.float() - noise.float()).square().mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         others = torch.ones(len(self.table), dtype=torch.bool)
-        others[self.ids] = False
+        others[self.token_ids] = False
         with torch.no_grad():
             self.table[others] = self.original[others]
 
 
-def bench_training(options, memory_only):
-    """Run train.py and, before each of its steps, the others. -> {row: seconds}"""
-    times, kept, resident, peaks = {"ours": [], "floor": [], "classical": []}, {}, [], []
-    loaders = {part: getattr(mu, part) for part in ("load_unet", "load_text_encoder")}
-    for part, load in loaders.items():  # what train.py loads is shared with the others
-        keep = lambda *a, load=load, part=part, **k: kept.setdefault(part, load(*a, **k))  # noqa: E731
-        setattr(mu, part, keep)
-    step_generator, started = train.step_generator, []
-    device = mu.choose_device(options.device)
-    dtype = mu.choose_dtype(options.precision, device)
+def passes_alone(text_encoder, unet, batch_size, device, dtype):
+    """A function that makes the forward and backward pass of a step and nothing else."""
+    embedding, size = text_encoder.get_input_embeddings(), unet.config.sample_size
+    token_ids = torch.randint(100, (batch_size, text_encoder.config.max_position_embeddings), device=device)
+    token_ids[:, 5] = len(embedding.weight)  # the placeholder token
+    noisy_latents = torch.randn(batch_size, unet.config.in_channels, size, size, device=device)
+    timesteps = torch.randint(1000, (batch_size,), device=device)
 
-    def timed(name, function):
-        synchronise(device)
-        begun = time.perf_counter()
-        function()
-        synchronise(device)
-        times[name].append(time.perf_counter() - begun)
-
-    def floor():
-        unet, encoder = kept["load_unet"], kept["load_text_encoder"]
-        with torch.autocast(device.type, dtype, enabled=mu.computes_in_half(dtype, device)):
-            text_embeddings = encoder(kept["ids"]).last_hidden_state
-            noise_pred = unet(kept["noisy_latents"], kept["timesteps"], text_embeddings).sample
+    def passes():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            noise_pred = unet(noisy_latents, timesteps, text_encoder(token_ids).last_hidden_state).sample
         noise_pred.float().square().mean().backward()
-        encoder.get_input_embeddings().learned_rows.grad = None
+        embedding.learned_rows.grad = None
 
-    def between_steps(seed, step):
-        if step == train.FIXED:
+    return passes
+
+
+def reset_peak():
+    """The peak of memory begins anew -> the peak so far, of loading. NaN where the system cannot."""
+    with contextlib.suppress(OSError):
+        peak = resident_gb("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5")
+        return peak
+    return float("nan")
+
+
+def bench_training(args, memory_only):
+    """Run train.py and, before each of its steps, the others. -> {row: seconds}"""
+    device = mu.choose_device(args.device)
+    dtype = mu.choose_dtype(args.precision, device)
+    watch, loaded, starts, resident = Stopwatch(device), {}, [], []
+    load_unet, load_text_encoder, step_generator = mu.load_unet, mu.load_text_encoder, train.step_generator
+    mu.load_unet = lambda *a: loaded.setdefault("unet", load_unet(*a))  # what train.py loads is shared
+    mu.load_text_encoder = lambda *a: loaded.setdefault("text_encoder", load_text_encoder(*a))
+    peak_of_loading = float("nan")
+
+    def before_each_step(seed, step):
+        nonlocal peak_of_loading
+        if step == train.EVAL_SEED:
             return step_generator(seed, step)
-        synchronise(device)
-        if started:
-            times["ours"].append(time.perf_counter() - started[-1])
+        synchronize(device)
+        if starts:
+            watch.seconds.setdefault("ours", []).append(time.perf_counter() - starts[-1])
             resident.append(resident_gb())
+        elif memory_only:
+            peak_of_loading = reset_peak()
+        else:
+            mu.load_unet, mu.load_text_encoder = load_unet, load_text_encoder
+            loaded["passes"] = passes_alone(loaded["text_encoder"], loaded["unet"], args.batch_size, device, dtype)
+            loaded["diffusers"] = DiffusersWay(args, device, dtype)
         if not memory_only:
-            if "ids" not in kept:
-                unet = kept["load_unet"]
-                b, c, s = options.batch_size, unet.config.in_channels, unet.config.sample_size
-                table_size = kept["load_text_encoder"].get_input_embeddings().weight.shape[0]
-                length = kept["load_text_encoder"].config.max_position_embeddings
-                kept["ids"] = torch.randint(100, (b, length), device=device)
-                kept["ids"][:, 5] = table_size  # the new word
-                kept["noisy_latents"] = torch.randn(b, c, s, s, device=device)
-                kept["timesteps"] = torch.randint(1000, (b,), device=device)
-                widen_when_used, mu.widen_when_used = mu.widen_when_used, lambda module: None
-                own = (
-                    loaders["load_text_encoder"](options.model, device),
-                    loaders["load_unet"](options.model, device, dtype),
-                )
-                kept["classical"] = Classical(options, *own, device, dtype)
-                mu.widen_when_used = widen_when_used
-            timed("floor", floor)
-            minutes_long = dtype != torch.float32 and not mu.computes_in_half(dtype, device)
-            if not (minutes_long and times["classical"]):
-                timed("classical", kept["classical"].step)
-        if memory_only and not started and Path("/proc/self/clear_refs").exists():
-            with contextlib.suppress(OSError):
-                peaks.append(resident_gb("VmHWM"))  # of loading
-                Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
-        started.append(time.perf_counter())
+            watch.measure("passes alone", loaded["passes"])
+            watch.measure("diffusers' way", loaded["diffusers"].step)
+        starts.append(time.perf_counter())
         return step_generator(seed, step)
 
-    train.step_generator = between_steps
+    train.step_generator = before_each_step
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            train.train(options)
+            train.train(args)
     finally:
-        train.step_generator = step_generator
-        for part, load in loaders.items():
-            setattr(mu, part, load)
+        train.step_generator, mu.load_unet, mu.load_text_encoder = step_generator, load_unet, load_text_encoder
     if memory_only:
-        now, most, loading = statistics.median(resident), resident_gb("VmHWM"), max(peaks, default=float("nan"))
+        now, peak = statistics.median(resident), resident_gb("VmHWM")
         print(
-            f"resident memory: while stepping {now:.2f} GB, at most {most:.2f}; while loading at most {loading:.2f} GB"
+            f"memory: {peak_of_loading:.2f} GB while loading, {now:.2f} GB between steps, {peak:.2f} GB at most in them"
         )
         if device.type == "cuda":
-            print(f"memory of the card, at most: {torch.cuda.max_memory_allocated() / 2**30:.2f} GB")
-    settled = {name: seconds[min(2, len(seconds) - 1) :] for name, seconds in times.items() if seconds}
-    return {name: statistics.median(seconds) for name, seconds in settled.items()} | {
-        "mean": statistics.fmean(settled["ours"])
+            print(f"memory of the GPU: {torch.cuda.max_memory_allocated() / 2**30:.2f} GB at most")
+    seconds = {row: times[min(2, len(times) - 1) :] for row, times in watch.seconds.items()}  # without the warm-up
+    return {row: statistics.median(times) for row, times in seconds.items()} | {
+        "ours, mean": statistics.fmean(seconds["ours"])
     }
 
 
-def bench_drawing(model, device, precision, rounds):
-    """-> {row: seconds for four pictures}, sample.py and diffusers' pipeline with the same sampler and steps."""
+def bench_sampling(model, device, precision, rounds):
+    """-> {row: seconds for four images}: sample.py and diffusers' pipeline with the same sampler and steps."""
+    dtype = mu.choose_dtype(precision, device)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, safety_checker=None, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     config = {**pipeline.scheduler.config, "timestep_spacing": "linspace"}
     pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
-    dtype = mu.choose_dtype(precision, device)
     pipeline.to(device, dtype)
-    text_encoder, unet = mu.load_text_encoder(model, device, dtype), mu.load_unet(model, device, dtype)
-    parts = sample.Parts(
-        mu.load_tokenizer(model), text_encoder, mu.load_vae(model, device), unet, mu.load_schedule(model).to(device), {}
-    )
-    times = {"ours": [], "diffusers": []}
-    draw = {
-        "ours": lambda: list(sample.draw(parts, ["a photo of a cat"] * 4, range(4), steps=25, progress=False)),
-        "diffusers": lambda: pipeline(["a photo of a cat"] * 4, num_inference_steps=25, guidance_scale=7.5),
-    }
+    components, prompts = mu.load_components(model, device, dtype), ["a photo of a cat"] * 4
+    watch = Stopwatch(device)
     for _ in range(rounds):
-        for name, function in draw.items():
-            synchronise(device)
-            begun = time.perf_counter()
-            function()
-            synchronise(device)
-            times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+        watch.measure("ours", lambda: list(sample.generate(components, prompts, range(4), steps=25, progress=False)))
+        watch.measure("diffusers", lambda: pipeline(prompts, num_inference_steps=25, guidance_scale=7.5))
+    return {row: statistics.median(times[1:]) for row, times in watch.seconds.items()}
+
+
+def make_full_size(folder, temporary):
+    """-> model, images: Stable Diffusion 1.4's sizes with random weights, made unless it is there, and one image."""
+    import full_size
+
+    model, images = folder or Path(temporary, "model"), Path(temporary, "images")
+    if not (model / "unet").exists():
+        full_size.build(model)
+    images.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "a.png")
+    return str(model), str(images)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--full_size", action="store_true", help="Stable Diffusion 1.4's sizes instead of the bundled model")
+    add("--model_folder", type=Path, help="where --full_size keeps its 4 GB (default: made and deleted)")
+    add("--precisions", nargs="+", default=["fp32", "bf16"])
+    add("--rounds", type=int, help="steps of each kind (default: 60, with --full_size 6)")
+    add("--device", default="auto")
+    add("--memory", action="store_true", help="train.py alone, and its memory")
+    add("--no_sampling", action="store_true", help="training alone")
+    add("options", nargs="*", help="of train.py, after --")
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full_size", action="store_true", help="Stable Diffusion 1.4's sizes instead of mini_sd's")
-    parser.add_argument(
-        "--model_folder", type=Path, help="where --full_size keeps its 4 GB (default: made and deleted)"
-    )
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, help="steps of each kind (default: 60, with --full_size 6)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--memory", action="store_true", help="only train.py itself")
-    parser.add_argument("--no_drawing", action="store_true")
-    parser.add_argument("options", nargs="*", help="of train.py, after --")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     rounds = max(2, args.rounds or (6 if args.full_size else 60))
     device = mu.choose_device(args.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores {platform.machine()}"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, diffusers {diffusers.__version__}"
-    print(f"{name}, {versions}")
+    print(f"{machine}, {versions}")
     with tempfile.TemporaryDirectory() as temporary:
-        model, pictures, batch = mu.DEFAULT_MODEL, str(Path(mu.DEFAULT_MODEL, "concepts", "kat")), 8
+        model, images, batch_size = mu.DEFAULT_MODEL, str(Path(mu.DEFAULT_MODEL, "concepts", "kat")), 8
         if args.full_size:
-            import full_size
-
-            model = args.model_folder or Path(temporary, "model")
-            if not (model / "unet").exists():
-                full_size.build(model)
-            Path(temporary, "pictures").mkdir()
-            noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
-            Image.fromarray(noise).save(Path(temporary, "pictures", "a.png"))
-            model, pictures, batch = str(model), str(Path(temporary, "pictures")), 1
+            (model, images), batch_size = make_full_size(args.model_folder, temporary), 1
         for precision in args.precisions:
-            argv = ["--model", model, "--images", pictures, "--precision", precision, "--device", args.device]
-            argv += ["--steps", str(rounds), "--batch_size", str(batch), "--preview_steps", "0", "--no-score"]
-            argv += ["--output_dir", str(Path(temporary, precision)), *args.options]
-            times = bench_training(train.parse_options(argv), args.memory)
-            floor = times.get("floor")
+            argv = ["--model", model, "--images", images, "--initializer_token", "cat", "--precision", precision]
+            argv += ["--device", args.device, "--steps", str(rounds), "--batch_size", str(batch_size)]
+            argv += ["--preview_steps", "0", "--no-score", "--output_dir", str(Path(temporary, precision))]
+            try:
+                times = bench_training(train.parse_options([*argv, *args.options]), args.memory)
+            except mu.UserError as error:  # a CPU without bf16
+                print(f"training step  {precision:6}{error}", flush=True)
+                continue
             for row, seconds in times.items():
-                against = f"{seconds / floor:6.2f} x floor" if floor else ""
-                print(f"{'step':8}{precision:6}{row:12}{1000 * seconds:10.1f} ms {against}", flush=True)
-            if "classical" in times:
-                print(f"{'step':8}{precision:6}classical / ours  {times['classical'] / times['ours']:.2f}", flush=True)
-        if not args.memory and not args.no_drawing:
-            drawn = bench_drawing(model, device, args.precisions[0], 2 if args.full_size else 6)
-            for row, seconds in drawn.items():
-                print(f"{'draw 4':8}{args.precisions[0]:6}{row:12}{1000 * seconds:10.1f} ms", flush=True)
+                ratio = f"{seconds / times['passes alone']:6.2f} x passes alone" if "passes alone" in times else ""
+                print(f"training step  {precision:6}{row:16}{1000 * seconds:10.1f} ms {ratio}", flush=True)
+            if "diffusers' way" in times:
+                ratio = times["diffusers' way"] / times["ours"]
+                print(f"training step  {precision:6}diffusers' way / ours  {ratio:.2f}", flush=True)
+        if not args.memory and not args.no_sampling:
+            times = bench_sampling(model, device, args.precisions[0], 2 if args.full_size else 6)
+            for row, seconds in times.items():
+                print(f"four images    {args.precisions[0]:6}{row:16}{1000 * seconds:10.1f} ms", flush=True)
 
 
 if __name__ == "__main__":

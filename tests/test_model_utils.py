@@ -139,13 +139,6 @@ def test_the_dtype_is_the_one_asked_for(tiny_model, tmp_path):
     assert mu.load_unet(tiny_model, "cpu", torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_variant_is_read_from_its_own_files(tiny_model, tmp_path):
-    LOADERS["vae"](tiny_model).save_pretrained(tmp_path / "vae", variant="fp16")
-    assert mu.load_vae(tmp_path, "cpu", variant="fp16").dtype == torch.float32
-    with pytest.raises(UserError, match="vae"):
-        LOADERS["vae"](tmp_path)
-
-
 @pytest.mark.parametrize("part", LOADERS)
 def test_damaged_and_missing_parts_are_named(part, model):
     if part == "tokenizer":

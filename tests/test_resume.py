@@ -58,6 +58,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(learn, resume, before_step, 
     assert state["scaler"]["scale"] == (2.0**16 if dtype == torch.float16 else 1.0) and state["step"] == 7
 
 
+def test_the_scale_of_fp16_gradients_is_restored(learn, resume, monkeypatch):
+    monkeypatch.setattr(mu, "choose_dtype", lambda *_: torch.float16)
+    loss = train.inversion_loss
+    with monkeypatch.context() as overflow:
+        overflow.setattr(train, "inversion_loss", lambda *args: 1000 * loss(*args))
+        state = read_state(learn(steps=2))
+    assert state["scaler"]["scale"] < 2.0**16
+    assert read_state(resume("run", "--steps", "4"))["scaler"]["scale"] == state["scaler"]["scale"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--save_steps", "3"], ["--save_steps", "2", *RICH]])
 def test_thirty_kills_change_nothing(tiny_model, image_folder, tmp_path, options):
@@ -106,7 +116,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(learn, before_step, capsys):
     assert stop.value.code == 130 and signal.getsignal(signal.SIGINT) == previous
     printed = capsys.readouterr().out
     assert "stopped after step 3, all is saved" in printed
-    assert printed.strip().endswith("python train.py --resume --output_dir 'a run'")
+    assert printed.strip().endswith('python train.py --resume --output_dir "a run"')
     before_step(None)
     train.main(["--resume", "--output_dir", "a run"])
     name = "learned_embeds.safetensors"

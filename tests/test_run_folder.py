@@ -11,7 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import read_rows, read_state
+from conftest import read_rows
 from PIL import Image
 
 import model_utils as mu
@@ -119,6 +119,11 @@ def test_tensorboard_gets_what_is_logged(learn, monkeypatch):
 # --- Previews ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def quick_sampling(monkeypatch):
+    monkeypatch.setattr(mu, "sampling_defaults", lambda model: {"steps": 2})
+
+
 def read_preview(folder):
     """The steps that the rows of preview.png show, and the rows as arrays, that of the training images first."""
     with Image.open(Path(folder, "preview.png")) as sheet:
@@ -126,7 +131,7 @@ def read_preview(folder):
         return steps, np.split(np.asarray(sheet), len(steps) + 1)
 
 
-def test_previews_are_rows_below_the_training_images(learn):
+def test_previews_are_rows_below_the_training_images(learn, quick_sampling):
     """Also when the run is resumed with other --preview_steps: no gaps, no row twice."""
     learn("--preview_steps", "2", steps=4)
     steps, rows = read_preview("run")
@@ -137,7 +142,7 @@ def test_previews_are_rows_below_the_training_images(learn):
     assert all(row[20:].std() > 5 for row in more_rows)
 
 
-def test_previews_of_a_run_resumed_after_a_crash_are_those_of_the_uninterrupted_one(learn, resume, before_step):
+def test_previews_of_a_resumed_run_are_those_of_the_uninterrupted_one(learn, resume, before_step, quick_sampling):
     options = ["--preview_steps", "1", "--save_steps", "2", "--log_steps", "1"]
     whole = learn(*options, out="whole")
     before_step(3, lambda: 1 / 0)  # step 3 is previewed and not saved: the resumed run begins after step 2
@@ -147,7 +152,7 @@ def test_previews_of_a_run_resumed_after_a_crash_are_those_of_the_uninterrupted_
     assert (resume("run") / "preview.png").read_bytes() == (whole / "preview.png").read_bytes()
 
 
-def test_previews_asked_for_on_resume_or_after_damage_begin_a_new_sheet(learn):
+def test_previews_asked_for_on_resume_or_after_damage_begin_a_new_sheet(learn, quick_sampling):
     learn(steps=2)
     learn("--preview_steps", "2", "--resume", steps=4)
     assert read_preview("run")[0] == [4]
@@ -157,7 +162,7 @@ def test_previews_asked_for_on_resume_or_after_damage_begin_a_new_sheet(learn):
     assert steps == [6] and all(row[20:].std() > 5 for row in rows)
 
 
-def test_the_preview_keeps_the_training_images_and_the_newest_rows(learn, monkeypatch):
+def test_the_preview_keeps_the_training_images_and_the_newest_rows(learn, quick_sampling, monkeypatch):
     assert train.PREVIEW_ROWS == 20
     learn("--preview_steps", "1", steps=2, out="short")
     training_images = read_preview("short")[1][0]
@@ -169,7 +174,7 @@ def test_the_preview_keeps_the_training_images_and_the_newest_rows(learn, monkey
 @pytest.mark.parametrize(
     "kind, prompt", [("object", "a photo of a <kat>"), ("style", "a painting in the style of <kat>")]
 )
-def test_previews_show_the_prompt_at_the_training_resolution(learn, monkeypatch, kind, prompt):
+def test_previews_show_the_prompt_at_the_training_resolution(learn, quick_sampling, monkeypatch, kind, prompt):
     prompts, generate = [], sample.generate
 
     def generating(components, given, seeds, **settings):
@@ -271,12 +276,6 @@ def test_mistakes_get_one_sentence(options, said, tiny_model, image_folder, tmp_
     assert not Path("runs").exists() and Path("file").read_text() == "precious"
 
 
-def test_a_cpu_without_bf16_is_told_to_use_fp32(tiny_model, image_folder, monkeypatch, refused):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--device", "cpu"]
-    assert "use --precision fp32" in refused([*argv, "--precision", "bf16"])
-
-
 def test_a_model_that_lacks_a_part_is_named_with_the_part(tiny_model, image_folder, tmp_path, refused):
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     shutil.rmtree(broken / "unet")
@@ -304,14 +303,3 @@ def test_early_stop_says_when_it_can_never_come(capsys):
     assert "it needs more than 300 --steps" in capsys.readouterr().err
     train.parse_options(["--early_stop", "--steps", "301", "--log_steps", "20"])
     assert not capsys.readouterr().err
-
-
-def test_a_full_disk_while_logging_ends_in_a_sentence_and_can_be_resumed(learn, resume, before_step, refused):
-    whole = learn("--log_steps", "1", out="whole")
-    before_step(2, lambda: Path("run/log.jsonl").unlink() or Path("run/log.jsonl").mkdir())
-    with pytest.raises(mu.UserError, match="cannot write log.jsonl .*--resume"):
-        learn("--log_steps", "1", "--save_steps", "2")
-    before_step(None)
-    Path("run/log.jsonl").rmdir()
-    assert read_state("run")["step"] == 2
-    assert torch.equal(read_rows(resume("run")), read_rows(whole))

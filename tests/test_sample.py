@@ -342,8 +342,9 @@ def test_a_models_folder_may_advise_settings(run_folder, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "advised")
     index = json.loads((model / "model_index.json").read_text())
     (model / "model_index.json").write_text(json.dumps(index | {"_sampling": {"guidance": 4, "steps": 3}}))
-    sample.main(["--model", str(model), "--num_images", "1", "--out", "a"])
-    sample.main(["--model", str(model), "--num_images", "1", "--out", "b", "--steps", "2"])
+    argv = ["--embedding", "runs/kat", "--model", str(model), "--num_images", "1"]
+    sample.main([*argv, "--out", "a"])
+    sample.main([*argv, "--out", "b", "--steps", "2"])
     found = [png_settings(f"{folder}/0000.png") for folder in "ab"]
     assert [(text["guidance"], text["steps"]) for text in found] == [("4", "3"), ("4", "2")]
     load_pipeline(model, [])  # diffusers does not mind the entry
@@ -378,7 +379,7 @@ def test_revision_and_variant_are_the_runs_unless_another_model_is_named(
 
     monkeypatch.setattr(mu, "load_components", load_components)
     with pytest.raises(mu.UserError, match="asked"):
-        sample.run(sample.build_parser().parse_args(argv))
+        sample.run(sample.build_parser().parse_args(["--embedding", "runs/kat", *argv]))
     assert (asked["revision"], asked["variant"]) == (revision, variant)
 
 
@@ -404,8 +405,8 @@ def test_score(run_folder, capsys):
         ("--embedding runs/kat --embedding runs/kat/learned_embeds.safetensors", "two embeddings are called '<kat>'"),
         ("--token cat", "--token"),
         ("--token <a> --token <b>", "--token is given 2 times"),
-        ("--model empty", "--model empty"),
-        ("--model no/such/model", "--model no/such/model"),
+        ("--embedding runs/kat --model empty", "--model empty"),
+        ("--embedding runs/kat --model no/such/model", "--model no/such/model"),
         ("--variant fp16", "'text_encoder' cannot be loaded"),  # the tiny model has no such files
         ("--steps 0", "--steps"),
         ("--steps 1001", "--steps 1001"),

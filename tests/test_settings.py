@@ -3,29 +3,26 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import model_utils as mu
 import sample
 import train
 
-SCHEDULE, UNET, TEXT = "scheduler/scheduler_config.json", "unet/config.json", "text_encoder/config.json"
+SCHEDULE, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
+TEXT = "text_encoder/config.json"
 CLIP, INDEX = "clip/preprocessor_config.json", "model_index.json"
 ABSENT = object()
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_model, tmp_path_factory):
-    """A folder with a copy of the tiny model, its images and a run of train.py."""
+def folder(tiny_model, image_folder, tmp_path_factory):
+    """A folder with a copy of the tiny model and a run of train.py."""
     folder = tmp_path_factory.mktemp("settings")
     shutil.copytree(tiny_model, folder / "model")
-    (folder / "images").mkdir()
-    Image.fromarray(np.arange(768, dtype=np.uint8).reshape(16, 16, 3)).save(folder / "images" / "0.png")
     mu.save_embedding(folder / "run" / "learned_embeds.safetensors", "<kat>", torch.ones(1, 32), "model")
-    config = {"model": str(folder / "model"), "placeholder_token": "<kat>", "images": str(folder / "images")}
+    config = {"model": str(folder / "model"), "placeholder_token": "<kat>", "images": image_folder}
     (folder / "run" / "config.json").write_text(json.dumps(config | {"initializer_token": "cat", "resolution": 16}))
     return folder
 
@@ -77,6 +74,7 @@ DAMAGED = {
         "variance_type": ["learned", "fixed_large"],
     },
     UNET: {"sample_size": [0, -8, "8", 8.0, True, [], [8], [8, 8, 8], [8, None], [8, 0], {}]},
+    VAE: {"scaling_factor": [None, 0, "0.18", NAN, []], "shift_factor": ["0", INFINITE, True]},
     TEXT: {"max_position_embeddings": [None, 0, 2, "32", 32.0, [32], NAN]},
     INDEX: {"_sampling": [None, 0, [], "fast"], "steps": [None, 0, 2.5, "25"], "guidance": [None, "7.5", NAN, [7.5]]},
     CLIP: {
@@ -97,27 +95,28 @@ def error_of(main, argv, capsys):
     return line
 
 
-def read_by_both(file, folder, capsys):
+def read_by_both(file, folder, image_folder, capsys):
     """What sample.py and train.py say of the model in a folder."""
     score = ["--score", "--num_images", "1"] if file == CLIP else []
     yield error_of(sample.main, ["--embedding", str(folder / "run"), "--steps", "1", *score], capsys)
-    argv = ["--model", str(folder / "model"), "--images", str(folder / "images"), "--initializer_token", "cat"]
+    argv = ["--model", str(folder / "model"), "--images", image_folder, "--initializer_token", "cat"]
     argv += ["--steps", "1", "--batch_size", "1", "--output_dir", str(folder / "new"), "--overwrite"]
     yield error_of(train.main, argv + (["--preview_steps", "0"] if file == CLIP else []), capsys)
 
 
 @pytest.mark.parametrize("file", DAMAGED)
-def test_both_scripts_name_a_damaged_file_and_entry(file, folder, change, capsys):
+def test_both_scripts_name_a_damaged_file_and_entry(file, folder, image_folder, change, capsys):
     entry, (*_, value) = next(iter(DAMAGED[file].items()))
     for new, named in (({entry: value}, f"'{entry}' is"), ("{", "cannot be read"), ("[]", "holds no JSON object")):
         change(file, new)
-        for error in read_by_both(file, folder, capsys):
+        for error in read_by_both(file, folder, image_folder, capsys):
             assert file in error and named in error, error
 
 
 LOADERS = {
     SCHEDULE: mu.load_schedule,
     UNET: lambda model: mu.native_size(mu.read_unet_config(model), mu.load_vae(model, "cpu")),
+    VAE: lambda model: mu.load_vae(model, "cpu"),
     TEXT: mu.load_tokenizer,
     INDEX: mu.sampling_defaults,
     CLIP: sample.load_clip,
@@ -153,13 +152,3 @@ DPM = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "variance_typ
 @pytest.mark.parametrize("entries", [DEIS, DPM | {"lambda_min_clipped": -INFINITE, "thresholding": False}])
 def test_the_usual_schedulers_of_checkpoints_are_accepted(entries, change):
     assert mu.load_schedule(change(SCHEDULE, entries)).num_train_timesteps == 1000
-
-
-@pytest.mark.parametrize("size, pixels", [(8, (16, 16)), ([8, 8], (16, 16)), ([8, 12], (16, 24)), (None, (16, 16))])
-def test_the_native_size_is_that_of_the_unet_or_else_of_the_vae(size, pixels, change):
-    for value in (size, ABSENT) if size is None else (size,):
-        model = change(UNET, {"sample_size": value})
-        components = mu.load_components(model)
-        assert mu.native_size(mu.read_unet_config(model), components.vae) == pixels
-        (image,) = sample.generate(components, ["a cat"], [0], steps=1)
-        assert image.size == pixels[::-1]

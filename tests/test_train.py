@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -63,9 +61,8 @@ def test_half_precision_gradients_point_the_same_way(tiny_model, dtype):
         learned_rows = mu.install_learned_rows(components.text_encoder, [len(table)], table[[5]]).learned_rows
         generator = torch.Generator().manual_seed(0)
         latents, noise = (torch.randn(8, 4, 8, 8, generator=generator) for _ in range(2))
-        batch = train.Batch(
-            latents, noise, torch.arange(8) * 120, torch.full((8, 4), len(table)), torch.ones(8, 1, 8, 8)
-        )
+        token_ids, mask = torch.full((8, 4), len(table)), torch.ones(8, 1, 8, 8)
+        batch = train.Batch(latents, noise, torch.arange(8) * 120, token_ids, mask)
         loss = train.batch_loss(components, batch)
         assert loss.dtype == torch.float32
         loss.mean().backward()
@@ -146,10 +143,9 @@ def test_only_the_learned_rows_change(learn, tiny_model, monkeypatch):
         assert all(torch.equal(weight, after[name]) for name, weight in module.state_dict().items())
         others = [name for name, weight in kept[part].named_parameters() if weight.grad is not None]
         assert not [name for name in others if not name.endswith("learned_rows")]
-    init_row = (
-        fresh["text_encoder"].get_input_embeddings().weight[mu.initializer_ids(mu.load_tokenizer(tiny_model), "cat")]
-    )
-    assert (read_rows(folder)[0] - init_row).norm() > 1e-3
+    init_ids = mu.initializer_ids(mu.load_tokenizer(tiny_model), "cat")
+    init_rows = fresh["text_encoder"].get_input_embeddings().weight[init_ids]
+    assert (read_rows(folder) - init_rows).norm() > 1e-3
 
 
 @pytest.mark.parametrize("num_vectors, shape", [(1, (32,)), (3, (3, 32))])
@@ -314,6 +310,14 @@ def test_early_stop_ends_the_run_when_the_loss_has_converged(learn, monkeypatch,
     assert read_state(learn(*options, steps=8, out="other"))["step"] == 8  # off unless asked for
 
 
+def test_convergence_is_judged_from_evenly_spaced_rows(learn, monkeypatch):
+    """The rows of --log_steps: others are logged because they are saved or previewed."""
+    lengths = []
+    monkeypatch.setattr(train, "has_converged", lambda losses: lengths.append(len(losses)))
+    log = read_log(learn("--early_stop", "--log_steps", "3", "--save_steps", "2", steps=7))
+    assert [row["step"] for row in log] == [2, 3, 4, 6, 7] and lengths == [0, 0, 1, 1, 2]
+
+
 # --- Gradients and rows that are not finite ---------------------------------------------------------------------------
 
 
@@ -363,14 +367,3 @@ def test_rows_that_are_not_finite_are_never_saved(learn, monkeypatch):
     with pytest.raises(mu.UserError, match="--lr .* not finite any more"):
         learn("--save_steps", "2", "--log_steps", "1", steps=6)
     assert read_rows("run").isfinite().all() and read_state("run")["step"] == 2
-
-
-# --- As a user starts it ----------------------------------------------------------------------------------------------
-
-
-def test_the_command_runs_from_any_folder(tiny_model, image_folder, tmp_path):
-    argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--steps", "1"]
-    argv += ["--preview_steps", "0", "--no-score"]
-    done = subprocess.run([sys.executable, train.__file__, *argv], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "kat" / "learned_embeds.safetensors").exists()

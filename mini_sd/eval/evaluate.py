@@ -4,9 +4,9 @@
     python -m mini_sd.eval.evaluate                 # all six concepts, two seeds each
     python -m mini_sd.eval.evaluate -- --lr 1e-2    # options after -- are train.py's
 
-Prints one line for each concept (in brackets the initializer token), the mean with its standard error, and the
-comparison with the baseline, the unchanged train.py (baseline.json). Finished runs are used again as long as code,
-model and options are the same. The columns:
+Prints the scores of each concept and of its initializer token, the mean with its standard error, and the comparison
+with the baseline, the unchanged train.py (baseline.json). Finished runs are used again as long as code, model and
+options are the same. The columns:
 
     CLIP-I, CLIP-T   as in sample.py --score
     gap closed       CLIP-I on a scale from the initializer token (0) to held-out images of the concept (1)
@@ -80,14 +80,15 @@ def accuracies(concept, photos, edits):
         accepted["colour"].add(target.second)
     attributes = STYLE_ATTRIBUTES.get(concept, ["kind", "colour", "pattern"])
     followed, each = [], len(edits["kind"]) // len(asked)
-    for i, (name, value) in enumerate(asked):
-        followed += [found == value for found in edits[name][i * each : (i + 1) * each]]
+    for i, (name, wanted) in enumerate(asked):
+        followed += [value == wanted for value in edits[name][i * each : (i + 1) * each]]
     found = {"attribute_accuracy": mean([value in accepted[name] for name in attributes for value in photos[name]])}
     found["prompt_accuracy"] = mean(followed)
     if concept in world.OBJECT_CONCEPTS:
         worn = [name for name in ("accessory", "accessory_colour") if name in classifier.CLASSES]
-        wanted, seen = tuple(getattr(target, name) for name in worn), zip(*(photos[name] for name in worn), strict=True)
-        found["accessory_accuracy"] = mean([values == wanted for values in seen])
+        target_values = tuple(getattr(target, name) for name in worn)
+        seen = zip(*(photos[name] for name in worn), strict=True)
+        found["accessory_accuracy"] = mean([values == target_values for values in seen])
         backgrounds = {world.concept_picture(concept, i).background for i in range(5)}
         found["training_backgrounds"] = mean([background in backgrounds for background in photos["background"]])
     return found
@@ -193,8 +194,8 @@ def compare(column, rows, baseline):
     ours, theirs = by_concept(rows, column), by_concept(baseline, column)
     theirs = {concept: theirs[concept] for concept in ours if concept in theirs}  # some concepts vary more than others
     ours = {concept: ours[concept] for concept in theirs}
-    base_deviation, deviation = seed_deviation(theirs), seed_deviation(ours)
-    deviation = base_deviation if math.isnan(deviation) else max(base_deviation, deviation)
+    base_deviation = seed_deviation(theirs)
+    deviation = max(base_deviation, seed_deviation(ours))  # of the baseline if that of these runs is NaN: one seed
     difference = mean_of_concepts(ours) - mean_of_concepts(theirs)
     error = math.hypot(standard_error(ours, deviation), standard_error(theirs, base_deviation))
     if math.isnan(error):
@@ -211,35 +212,28 @@ def compare(column, rows, baseline):
 def report(rows, baseline):
     """Print the table."""
 
-    def number(value, form=".3f"):
-        return "" if math.isnan(value) else format(value, form)
+    def print_line(name, cells, form=".3f"):
+        texts = (cell if isinstance(cell, str) else "" if math.isnan(cell) else format(cell, form) for cell in cells)
+        print(f"{name:18}" + "".join(f"{text:>14}" for text in texts))
 
-    def print_line(name, cells):
-        print(f"{name:18}" + "".join(f"{cell:>15}" for cell in cells))
-
-    print_line("", COLUMNS.values())
-    for concept, values in by_concept(rows, "clip_i").items():
-        cells = []
-        for column in COLUMNS:
-            columns = (by_concept(rows, column, name) for name in ("learned", "initializer"))
-            after, before = (number(mean(column.get(concept, []))) for column in columns)
-            cells.append(f"{after} ({before})".replace(" ()", ""))
-        print_line(f"{concept} ({len(values)} seed{'s' * (len(values) > 1)})", cells)
-    concepts = {row["concept"] for row in rows}
-    baseline = [row for row in baseline if row["concept"] in concepts]
-    learned = [by_concept(rows, column) for column in COLUMNS]
+    print_line("concept (seeds)", COLUMNS.values())
+    seeds = {concept: len(values) for concept, values in by_concept(rows, "clip_i").items()}
+    for concept, count in seeds.items():
+        for title, name in ((f"{concept} ({count})", "learned"), ("    initializer", "initializer")):
+            print_line(title, [mean(by_concept(rows, column, name).get(concept, [])) for column in COLUMNS])
+    baseline = [row for row in baseline if row["concept"] in seeds]
     full_text = [by_concept(rows + baseline, column, "full_text") for column in COLUMNS]
-    print_line("full-text prompt", [number(mean_of_concepts(values)) for values in full_text])
-    print_line("mean", [number(mean_of_concepts(values)) for values in learned])
-    print_line("standard error", [number(standard_error(values, seed_deviation(values))) for values in learned])
-    means, differences, errors, verdicts = zip(*(compare(column, rows, baseline) for column in COLUMNS), strict=True)
-    if not any(verdicts):
+    learned = [by_concept(rows, column) for column in COLUMNS]
+    print_line("full-text prompt", map(mean_of_concepts, full_text))
+    print_line("mean", map(mean_of_concepts, learned))
+    print_line("standard error", [standard_error(values, seed_deviation(values)) for values in learned])
+    comparisons = [compare(column, rows, baseline) for column in COLUMNS]
+    if not any(verdict for *_, verdict in comparisons):
         print("no baseline for these concepts: make one of the unchanged train.py with --save_baseline")
         return
-    print_line("baseline", map(number, means))
-    print_line("difference", [number(difference, "+.3f") for difference in differences])
-    print_line("standard error", map(number, errors))
-    print_line("verdict", verdicts)
+    names = ("baseline", "difference", "standard error", "verdict")
+    for name, cells in zip(names, zip(*comparisons, strict=True), strict=True):
+        print_line(name, cells, "+.3f" if name == "difference" else ".3f")
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import model_utils as mu
 import train
@@ -47,8 +50,6 @@ ATTRIBUTES = {  # of a Picture, that a caption may name, and their values
 
 
 def build_vae():
-    from diffusers import AutoencoderKL
-
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64,
@@ -56,8 +57,6 @@ def build_vae():
 
 
 def build_unet():
-    from diffusers import UNet2DConditionModel
-
     return UNet2DConditionModel(
         sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(48, 96, 128),
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -67,14 +66,8 @@ def build_unet():
 
 
 def build_clip(tokenizer):
-    from transformers import CLIPConfig, CLIPModel
-
     tower = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": TEXT_LENGTH, "projection_dim": 128, **tower, **ids}
     vision = {"image_size": world.SIZE, "patch_size": 8, "projection_dim": 128, **tower}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
@@ -82,9 +75,6 @@ def build_clip(tokenizer):
 
 def build_tokenizer(sentences):
     """A byte-pair vocabulary of the captions, with CLIP's pre-tokenizer, lower case and `</w>`."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
-
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = Regex(r"[a-z]+|[0-9]|[^\s0-9a-z]+")
@@ -141,11 +131,8 @@ class Run:
     def tick(self, every=50, **values):
         self.step += 1
         if self.step % every == 0 and not self.silent:
-            row = {
-                "step": self.step,
-                "minutes": round(self.seconds / 60, 2),
-                **{k: round(float(v), 5) for k, v in values.items()},
-            }
+            row = {"step": self.step, "minutes": round(self.seconds / 60, 2)}
+            row |= {name: round(float(value), 5) for name, value in values.items()}
             print(self.name, json.dumps(row), flush=True)
             with self.log_path.open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -161,10 +148,10 @@ def set_lr(optimizer, lr, progress, step, warmup=200):
         group["lr"] = lr * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def load_pictures(args, split, device=None):
+def load_pictures(args, split):
     """Images uint8 [N, 3, 64, 64] and their captions."""
     images = torch.from_numpy(np.load(args.work / f"{split}.npy")).permute(0, 3, 1, 2)
-    return images if device is None else images.to(device), json.loads((args.work / f"{split}.json").read_text())
+    return images, json.loads((args.work / f"{split}.json").read_text())
 
 
 def to_float(images):
@@ -183,13 +170,8 @@ def psnr(a, b):
     return (-10 * error.log10()).mean().item()
 
 
-def save_sheet(rows, path, zoom=2):
-    from PIL import Image
-
-    pictures = [
-        Image.fromarray(p) for r in rows for p in r.clamp(-1, 1).add(1).mul(127.5).byte().permute(0, 2, 3, 1).numpy()
-    ]
-    world.sheet(pictures, columns=len(rows[0]), zoom=zoom).save(path)
+def save_sheet(rows, path):
+    world.sheet(mu.to_pil(torch.cat(rows)), columns=len(rows[0])).save(path)
 
 
 # --------------------------------------------------------------------------------------------------- the stages
@@ -275,8 +257,6 @@ def compare(clip, images, ids, tokenizer):
 
 
 def stage_clip(args):
-    from transformers import CLIPTokenizer
-
     images, sentences = load_pictures(args, "train")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     ids = tokens(tokenizer, sentences)
@@ -321,8 +301,6 @@ def stage_latents(args):
 @torch.no_grad()
 def stage_texts(args):
     """text_embeddings [N + 1, 32, 128] of every caption and, last, of the empty prompt; in half precision."""
-    from transformers import CLIPTokenizer
-
     if (args.work / "texts.pt").exists():
         return
     sentences = load_pictures(args, "train")[1]
@@ -393,8 +371,6 @@ def save_half(module, folder):
 
 def stage_export(args):
     """Write the half-precision model in diffusers' folder layout."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
     out = args.out
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     tokenizer.save_pretrained(out / "tokenizer")
@@ -408,13 +384,8 @@ def stage_export(args):
         save_half(module, out / part)
     (out / "scheduler").mkdir(exist_ok=True)
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    preprocess = {
-        "size": {"shortest_edge": world.SIZE},
-        "crop_size": world.SIZE,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "resample": 3,
-    }
+    preprocess = {"size": {"shortest_edge": world.SIZE}, "crop_size": world.SIZE, "resample": 3}
+    preprocess |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (out / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocess, indent=2) + "\n")
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
@@ -435,8 +406,6 @@ def stage_scorer(args):
     a quarter lower than those of any cat. Here a caption matches every image of the batch that it is true of.
     The text encoder of the model stays as it is.
     """
-    from transformers import CLIPModel, CLIPTokenizer
-
     images, rng = load_pictures(args, "train")[0], random.Random(TRAIN_SEED)
     pictures = [world.random_picture(rng) for _ in range(len(images))]  # those of stage_pictures
     tones = [tone for tone in world.TONES if tone != world.STYLE_CONCEPTS["mint"].tone]

@@ -517,10 +517,8 @@ def sheet(images: list[Image.Image], columns: int, zoom: int = 2) -> Image.Image
     rows, cell = math.ceil(len(images) / columns), SIZE * zoom + 4
     page = Image.new("RGB", (columns * cell, rows * cell), "white")
     for i, image in enumerate(images):
-        page.paste(
-            image.resize((SIZE * zoom, SIZE * zoom), Image.Resampling.NEAREST),
-            (i % columns * cell, i // columns * cell),
-        )
+        zoomed = image.resize((SIZE * zoom, SIZE * zoom), Image.Resampling.NEAREST)
+        page.paste(zoomed, (i % columns * cell, i // columns * cell))
     return page
 
 

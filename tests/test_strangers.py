@@ -1,0 +1,220 @@
+"""Nothing lost, nothing let in: what a stranger's folder, a second process or an odd file can do to a run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model_utils as mu
+import sample
+import train
+
+TRAIN_PY = str(Path(train.__file__).resolve())
+
+
+def sentence(main, argv, capsys):
+    """Run a command line that ends in exit code 2 with one sentence; return it."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# --- Links and names --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["state.pt", "config.json", "log.jsonl", "learned_embeds.safetensors", "curves.png"])
+def test_no_file_is_written_through_a_link_in_the_folder(learn, tmp_path, name):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("dear")
+    folder = learn()
+    for link in (f".{name}.tmp", name):
+        (folder / link).unlink(missing_ok=True)
+        (folder / link).symlink_to(victim)
+    learn("--overwrite")
+    assert victim.read_text() == "dear" and not (folder / name).is_symlink()
+
+
+def test_samples_are_not_written_through_a_link(learn, tmp_path):
+    victim = tmp_path / "victim.txt"
+    victim.write_text("dear")
+    folder = learn()
+    (folder / "samples").mkdir()
+    for name in (".0000.png.tmp", "0000.png"):
+        (folder / "samples" / name).symlink_to(victim)
+    sample.main(["--embedding", str(folder), "--num_images", "1", "--steps", "1"])
+    assert victim.read_text() == "dear" and [p.name for p in folder.glob("samples/0*")].count("0001.png") == 1
+
+
+def test_a_strangers_model_is_shown_and_never_downloaded(learn, monkeypatch, capsys):
+    folder = learn()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model": "evil/\x1b[31mmodel"}))
+    monkeypatch.setattr(mu.huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    for main, argv in ((sample.main, ["--embedding", str(folder)]), (train.main, ["--resume", str(folder)])):
+        line = sentence(main, argv, capsys)
+        assert "evil/" in line and "name it with --model" in line and "\x1b" not in line
+    (folder / "config.json").write_text(json.dumps(config))
+    sample.main(["--embedding", str(folder), "--num_images", "1", "--steps", "1"])
+    assert f"model      {config['model']}" in capsys.readouterr().out
+
+
+def test_an_embedding_holds_no_folder_of_its_owner(learn, tiny_model):
+    data = (learn() / "learned_embeds.safetensors").read_bytes()
+    assert Path(tiny_model).name.encode() in data and str(Path(tiny_model).parent).encode() not in data
+
+
+@pytest.mark.parametrize("token", ["<" + "k" * 300 + ">", "<$(touch hacked)>", "<../../up>"])
+def test_odd_tokens_make_ordinary_folders(learn, token, tmp_path):
+    folder = learn("--placeholder_token", token, out=None) if " " not in token else None
+    if folder:
+        assert folder.parent == tmp_path / "runs" and len(folder.name) < 100
+    assert not (tmp_path / "hacked").exists()
+
+
+# --- Two processes in one folder --------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused(learn, tmp_path, capsys):
+    if os.name == "nt":
+        pytest.skip("no such lock on Windows")
+    folder = learn()
+    script = (
+        f"import model_utils as mu, time; mu.lock_folder({str(folder)!r}); print('locked', flush=True); time.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(TRAIN_PY).parent)}
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        before = (folder / "state.pt").read_bytes()
+        with pytest.raises(mu.UserError, match="in use by another run"):
+            learn("--overwrite")
+        assert (folder / "state.pt").read_bytes() == before
+    finally:
+        other.kill()
+        other.wait()
+    learn("--overwrite")
+
+
+def test_two_samplings_in_one_folder_lose_no_image(tmp_path):
+    script = (
+        "import sample, sys\nfrom pathlib import Path\nfrom PIL import Image\n"
+        "for i in range(40):\n"
+        "    sample.save_png(Image.new('RGB', (4, 4)), sample.claim_path(Path(sys.argv[1]), ''), {})\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(TRAIN_PY).parent)}
+    run = [sys.executable, "-c", script, str(tmp_path / "samples")]
+    for process in [subprocess.Popen(run, env=environment) for _ in range(2)]:
+        assert process.wait() == 0
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 80
+
+
+def test_the_checkpoint_of_another_run_is_refused(learn, capsys):
+    learn("--placeholder_token", "<pup>", out="other")
+    folder = learn()
+    (folder / "state.pt").write_bytes(Path("other/state.pt").read_bytes())
+    assert "is not of the run in config.json" in sentence(train.main, ["--resume", str(folder)], capsys)
+
+
+# --- Odd files --------------------------------------------------------------------------------------------------------
+
+LOGS = ["", "\n\n", "{", "null", "[]", "5", '{"step": 1}', '{"step": "1", "loss": 2}', '{"step": 1, "eval_loss": []}']
+LOGS += [
+    '{"step": null, "loss": 1, "eval_loss": 1, "grad_norm": 1, "embedding_norm": 1, "cosine_to_init": 1}',
+    "\x00\xff",
+]
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_a_run_goes_on_beside_any_log(learn, log):
+    folder = learn(steps=2)
+    with (folder / "log.jsonl").open("a", encoding="latin-1") as file:
+        file.write(log + "\n")
+    learn("--resume", "--early_stop", "--log_steps", "1", steps=3)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3]
+
+
+def broken_states():
+    good = {"token": "<kat>", "images": "x", "model": "x", "step": 2, "rows": torch.zeros(1, 32), "scaler": {}}
+    good["optimizer"] = {"state": {}, "param_groups": []}
+    yield from (5, [], {}, {"rows": 1})
+    for name, values in {
+        "step": ["2", None, -1, 2.5], "rows": [None, torch.zeros(2, 32), torch.full((1, 32), torch.nan)],
+        "optimizer": [None, {}, {"state": 5}, {"state": {0: 5}}, {"state": {0: {"exp_avg": torch.zeros(3)}}}],
+        "scaler": [None, 5, {"scale": "x"}], "token": [None, 5], "images": [None, []], "model": [None],
+    }.items():  # fmt: skip
+        for value in values:
+            yield good | {name: value}
+        yield {key: value for key, value in good.items() if key != name}
+
+
+@pytest.mark.parametrize("content", broken_states())
+def test_a_checkpoint_of_any_content_is_a_sentence(learn, content, capsys):
+    folder = learn(steps=2)
+    real = torch.load(folder / "state.pt", weights_only=True)
+    if isinstance(content, dict):  # the images and the model are the run's, so that the rest is looked at
+        content = content | {k: real[k] for k in ("images", "model") if content.get(k) == "x"}
+    torch.save(content, folder / "state.pt")
+    line = sentence(train.main, ["--resume", str(folder), "--steps", "3"], capsys)
+    assert "state.pt" in line and "Traceback" not in line
+
+
+def test_a_fifo_is_never_opened(learn, tmp_path, capsys):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no fifos here")
+    folder = learn()
+    for name in ("log.jsonl", "state.pt"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    assert "no checkpoint" in sentence(train.main, ["--resume", str(folder)], capsys)
+    (tmp_path / "embeddings").mkdir()
+    os.mkfifo(tmp_path / "embeddings" / "a.pt")
+    assert "--embedding" in sentence(sample.main, ["--embedding", str(tmp_path / "embeddings")], capsys)
+
+
+def test_runs_as_a_broken_link_is_a_sentence(learn, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(mu.UserError, match="a file or broken link is in its way"):
+        learn(out=None)
+
+
+# --- Command lines ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--batch_size", "2147483648"], "--batch_size"),
+        (["--resume", ""], "--resume names no folder"),
+        (["--placeholder_token", os.fsdecode(b"<caf\xe9>")], "is not UTF-8"),
+        (["--output_dir", "a" * 300], "File name too long"),
+        (["--model", "/" + "a" * 300], "File name too long"),
+    ],
+)
+def test_odd_options_are_a_sentence(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert said in sentence(train.main, argv, capsys)
+
+
+def test_the_advice_when_memory_runs_out_names_options_of_the_script(learn, monkeypatch, capsys):
+    folder = learn()
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: exec("raise MemoryError"))
+    line = sentence(sample.main, ["--embedding", str(folder)], capsys)
+    options = {action.option_strings[0] for action in sample.build_parser()._actions}
+    named = {word.strip(",.") for word in line.split() if word.startswith("--")}
+    assert named and named <= options
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_ctrl_c_during_the_imports_is_no_traceback(script, tmp_path):
+    wait = "import signal, os; os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "model_utils.py").write_text(wait)  # what the script imports last
+    (tmp_path / "data.py").write_text(wait)
+    (tmp_path / script).write_text(Path(TRAIN_PY).with_name(script).read_text(encoding="utf-8"), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(tmp_path / script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
