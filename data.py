@@ -233,7 +233,7 @@ def _read_lines(path, option):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{option}: {str(path)!r} cannot be read ({error}); save it as UTF-8 text.") from error
+        raise UserError(f"{option}: {str(path)!r} cannot be read ({error}); give a file of UTF-8 text.") from error
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -153,6 +153,8 @@ def test_saved_pickles_pass_a1111s_check_and_are_always_the_same(rows, tmp_path)
     first = path.read_bytes()
     mu.save_embedding(path, "<kat>", rows, "owner/model")
     assert path.read_bytes() == first
+    with zipfile.ZipFile(path) as file:
+        assert {entry.date_time[0] for entry in file.infolist()} == {1980}  # no file has the time of its writing
     for program in ("A1111", "ComfyUI", "diffusers", "ours"):
         assert torch.equal(READERS[program][0](path)[1], rows)
     torch.save({"<kat>": rows}, path)  # as it comes from PyTorch 2
