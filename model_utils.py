@@ -309,7 +309,9 @@ def refuse_download(model):
         with suppress(Exception):  # no Hub id
             if isinstance(huggingface_hub.try_to_load_from_cache(str(model), "unet/config.json"), str):
                 return
-        raise UserError(f"the token was learned on {model!r}, which is not found here: name it with --model.")
+        raise UserError(
+            f"the token was learned on {model!r}, which is not found here (was it moved?): name it with --model."
+        )
 
 
 def model_of_name(name):
