@@ -83,8 +83,8 @@ def test_a_folder_in_use_is_refused(learn, tmp_path, capsys):
     if os.name == "nt":
         pytest.skip("no such lock on Windows")
     folder = learn()
-    script = f"import model_utils as mu, time; lock = mu.lock_folder({str(folder)!r}); print('locked', flush=True)\n"
-        "time.sleep(60)\n"
+    hold = f"lock = mu.lock_folder({str(folder)!r}); print('locked', flush=True); time.sleep(60)"
+    script = f"import model_utils as mu, time; {hold}"
     environment = os.environ | {"PYTHONPATH": str(Path(TRAIN_PY).parent)}
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
     try:
