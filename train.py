@@ -307,13 +307,14 @@ def train(args):
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
     bar = tqdm(total=args.steps, initial=run.step, desc=f"learning {args.placeholder_token}", disable=rank > 0 or None)
-    finished = run.step >= args.steps or run.has_converged()
+    finished, stopped = run.step >= args.steps or run.has_converged(), False
     with catch_ctrl_c() as interrupted, bar:
         while not finished:
             batch = draw_batch(dataset, total, schedule, run.step, args).strided(rank, processes)
             losses, size = backward_within_memory(training, batch, total, size, scaler, learned_rows)  # [B]
-            if processes > 1 and exchange_gradient(learned_rows, bool(interrupted)):
-                interrupted.append(True)
+            stopped = bool(interrupted)  # checked once per step
+            if processes > 1:
+                stopped = exchange_gradient(learned_rows, stopped)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_([learned_rows], 1.0)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(run.step, args)
@@ -326,7 +327,7 @@ def train(args):
             run.step += 1
             bar.update()
 
-            finished = run.step == args.steps or bool(interrupted)
+            finished = run.step == args.steps or stopped
             if not (finished or any(run.is_due(n) for n in (args.log_steps, args.save_steps, args.preview_steps))):
                 continue
             run.refuse_broken_rows()  # from here on the loop waits for the device
@@ -338,7 +339,7 @@ def train(args):
             row |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped_steps": run.skipped_steps()}
             run.log(row | describe_rows(learned_rows, init_rows, table, tokenizer), bar)
             finished = finished or run.has_converged()
-            if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not interrupted:
+            if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not stopped:
                 preview(components, run)
             last = finished or bool(bad_steps >= MAX_BAD_STEPS)
             if last or run.is_due(args.save_steps):
@@ -349,7 +350,7 @@ def train(args):
 
     # 4. How well it went
     mu.leave_processes()
-    if interrupted:
+    if stopped or interrupted:
         command = f"python train.py --resume --output_dir {mu.quote(run.folder.as_posix())}"
         print(f"stopped after step {run.step}, all is saved; continue with: {command}")
         sys.exit(130)

@@ -41,7 +41,7 @@ def print_table():
     print(f"\ntorch {torch.__version__}, transformers {transformers.__version__}, diffusers {diffusers.__version__}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def components():
     return mu.load_components(MODEL, DEVICE)
 
@@ -53,49 +53,49 @@ def options(*more):
     return train.parse_options(argv)
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_images_equal_the_pipeline(components, sampler):
-    prompts, settings = ["a photo of a cat"], {"height": SIZE, "width": SIZE}
-    ours = next(sample.generate(components, prompts, [7], "", 3, 4.0, sampler, progress=False, **settings))
-    loaded = diffusers.PNDMScheduler.from_pretrained(MODEL, subfolder="scheduler")
-    pipe = diffusers.StableDiffusionPipeline(
-        components.vae, components.text_encoder, components.tokenizer, components.unet,
-        SCHEDULERS[sampler].from_config(loaded.config), None, None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(7)
-    theirs = pipe(prompts, num_inference_steps=3, guidance_scale=4.0, generator=generator, **settings).images[0]
-    difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int))
-    TABLE.append((f"{sampler}, 3 steps: largest difference to the pipeline", f"{difference.max()} of 255"))
-    assert difference.max() <= 2
+class TestAgainstReferences:  # a class, so that its components are freed before the training tests
+    @pytest.mark.parametrize("sampler", SCHEDULERS)
+    def test_images_equal_the_pipeline(self, components, sampler):
+        prompts, settings = ["a photo of a cat"], {"height": SIZE, "width": SIZE}
+        ours = next(sample.generate(components, prompts, [7], "", 3, 4.0, sampler, progress=False, **settings))
+        loaded = diffusers.PNDMScheduler.from_pretrained(MODEL, subfolder="scheduler")
+        pipe = diffusers.StableDiffusionPipeline(
+            components.vae, components.text_encoder, components.tokenizer, components.unet,
+            SCHEDULERS[sampler].from_config(loaded.config), None, None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(7)
+        theirs = pipe(prompts, num_inference_steps=3, guidance_scale=4.0, generator=generator, **settings).images[0]
+        difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(theirs, dtype=int))
+        TABLE.append((f"{sampler}, 3 steps: largest difference to the pipeline", f"{difference.max()} of 255"))
+        assert difference.max() <= 2
 
+    def test_the_gradient_is_that_of_the_whole_table(self, components):
+        """The classical form: CLIP's table is trained, and only the new row's gradient is used."""
+        generator = torch.Generator().manual_seed(0)
+        latents, noise = (torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=generator) for _ in range(2))
+        timesteps, tokenizer = torch.tensor([500]), mu.load_tokenizer(MODEL)
+        (token_id,) = mu.add_placeholder(tokenizer, "<kat>")
+        token_ids = mu.tokenize(tokenizer, ["a photo of a <kat>"], {"<kat>": [token_id]})
+        batch = train.Batch(latents, noise, timesteps, token_ids, torch.ones_like(latents[:, :1]))
+        schedule = components.schedule.to(DEVICE)
 
-def test_the_gradient_is_that_of_the_whole_table(components):
-    """The classical form: CLIP's table is trained, and only the new row's gradient is used."""
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(1, 4, SIZE // 8, SIZE // 8, generator=generator) for _ in range(2))
-    timesteps, tokenizer = torch.tensor([500]), mu.load_tokenizer(MODEL)
-    (token_id,) = mu.add_placeholder(tokenizer, "<kat>")
-    token_ids = mu.tokenize(tokenizer, ["a photo of a <kat>"], {"<kat>": [token_id]})
-    batch = train.Batch(latents, noise, timesteps, token_ids, torch.ones_like(latents[:, :1]))
-    schedule = components.schedule.to(DEVICE)
+        encoder = mu.load_text_encoder(MODEL, DEVICE)
+        row = mu.initial_rows(tokenizer, encoder.get_input_embeddings().weight, "cat", 1, 0)
+        learned_rows = mu.install_learned_rows(encoder, [token_id], row).learned_rows
+        ours = train.batch_loss(components._replace(text_encoder=encoder, schedule=schedule), batch).sum()
+        ours.backward()
 
-    encoder = mu.load_text_encoder(MODEL, DEVICE)
-    row = mu.initial_rows(tokenizer, encoder.get_input_embeddings().weight, "cat", 1, 0)
-    learned_rows = mu.install_learned_rows(encoder, [token_id], row).learned_rows
-    ours = train.batch_loss(components._replace(text_encoder=encoder, schedule=schedule), batch).sum()
-    ours.backward()
-
-    encoder = mu.load_text_encoder(MODEL, DEVICE)
-    encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    table = encoder.get_input_embeddings().weight
-    table.data[token_id] = row[0]
-    table.requires_grad_(True)
-    classical = train.batch_loss(components._replace(text_encoder=encoder, schedule=schedule), batch).sum()
-    classical.backward()
-    cosine = torch.cosine_similarity(learned_rows.grad[0], table.grad[token_id], dim=0).item()
-    TABLE.append(("gradient of the row, cosine to the classical form", f"{cosine:.6f}"))
-    assert ours.item() == pytest.approx(classical.item(), rel=1e-4) and cosine > 0.9999
+        encoder = mu.load_text_encoder(MODEL, DEVICE)
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        table = encoder.get_input_embeddings().weight
+        table.data[token_id] = row[0]
+        table.requires_grad_(True)
+        classical = train.batch_loss(components._replace(text_encoder=encoder, schedule=schedule), batch).sum()
+        classical.backward()
+        cosine = torch.cosine_similarity(learned_rows.grad[0], table.grad[token_id], dim=0).item()
+        TABLE.append(("gradient of the row, cosine to the classical form", f"{cosine:.6f}"))
+        assert ours.item() == pytest.approx(classical.item(), rel=1e-4) and cosine > 0.9999
 
 
 def precisions():
