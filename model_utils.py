@@ -63,6 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv):
         """Like argparse, with one line for an unknown option, and for one that is no text."""
+        argv = sys.argv[1:] if argv is None else argv
         for word in argv:
             if not word.isascii() and word != word.encode(errors="replace").decode():
                 self.error(f"{word!r} is not UTF-8: rename the file, or type it anew.")
