@@ -195,11 +195,11 @@ def before_step(monkeypatch):
     draw_batch = train.draw_batch
 
     def install(step, action=None):
-        def drawing(*args):
+        def drawing_batch(*args):
             if args[3] == step:
                 action()
             return draw_batch(*args)
 
-        monkeypatch.setattr(train, "draw_batch", drawing)
+        monkeypatch.setattr(train, "draw_batch", drawing_batch)
 
     return install
