@@ -81,8 +81,8 @@ def number(kind, low, high=math.inf):
     def convert(text):
         value = kind(text)  # argparse reports its ValueError
         if not low <= value <= high:  # NaN is not
-            limits = f"{low} or more" if high == math.inf else f"between {low} and {high:g}"
-            raise argparse.ArgumentTypeError(f"must be {limits}, not {text}")
+            limit = f"at most {high}" if value > high else f"{low} or more"
+            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
         return value
 
     convert.__name__ = kind.__name__
@@ -259,9 +259,8 @@ class Settings:
     def numbers(self, name, count, low, high):
         """The entry `name`, a list of `count` numbers from low to high. UserError if it is anything else."""
         values = self.get(name, None, list)
-        if len(values) != count or not all(
-            isinstance(value, (int, float)) and low <= value <= high for value in values
-        ):
+        right = [isinstance(value, (int, float)) and low <= value <= high for value in values]
+        if len(values) != count or not all(right):
             what = f"no list of {count} numbers from {low:g} to {high:g}"
             raise UserError(f"{self.path}: '{name}' is {what}; correct it or take another checkpoint.")
         return values
