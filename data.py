@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -27,21 +28,19 @@ OBJECT_TEMPLATES = [
     "a bright picture of the {}", "a simple photo of a {}", "a simple picture of the {}", "a small photo of the {}",
     "a large photo of a {}", "an image of a {}",
 ]  # fmt: skip
-STYLE_TEMPLATES = [
-    "a painting in the style of {}", "a picture in the style of {}", "an image in the style of {}",
-    "a work in the style of {}", "a scene in the style of {}", "a page in the style of {}",
-    "a good painting in the style of {}", "a nice painting in the style of {}", "a clear painting in the style of {}",
-    "a bright painting in the style of {}", "a simple painting in the style of {}",
-    "a small painting in the style of {}", "a large painting in the style of {}",
-    "a close-up painting in the style of {}", "a cropped painting in the style of {}",
-    "a good picture in the style of {}", "a nice picture in the style of {}", "a bright picture in the style of {}",
-    "a simple picture in the style of {}",
-]  # fmt: skip
+STYLE_TEMPLATES = [f"{what} in the style of {{}}" for what in [
+    "a painting", "a picture", "an image", "a work", "a scene", "a page", "a good painting", "a nice painting",
+    "a clear painting", "a bright painting", "a simple painting", "a small painting", "a large painting",
+    "a close-up painting", "a cropped painting", "a good picture", "a nice picture", "a bright picture",
+    "a simple picture",
+]]  # fmt: skip
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 SUFFIXES |= {".heic", ".heif", ".hif"}
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]  # Pillow knows more, some of which start other programs
-MAX_PIXELS = 250_000_000  # the largest phone photos have 200 million; a file that claims more is taken for a bomb
+MAX_PIXELS = (
+    250_000_000  # the largest phone photos have 200 million; a file that claims more is treated as a decompression bomb
+)
 
 
 def list_images(folder):
@@ -202,7 +201,7 @@ def _first(names, count=10):
 
 
 def load_captions(paths, token, templates, templates_file=None):
-    """Return captions (a list), choices [N, T] (image i has captions[j] for each j in choices[i]), and where from.
+    """Return captions (a list), choices [N, T] (image i has captions[j] for j in choices[i]), source in words.
 
     They are the templates, with the token for {}, or the lines of a file of such. Without the file an image can have
     captions of its own: the lines of NAME.txt beside it. UserError if a file cannot be read or a template has no {}.
@@ -226,7 +225,8 @@ def _own_captions(path, token):
     """The lines of NAME.txt beside an image, each with {} or the token; none if there is no such file."""
     file = path.with_suffix(".txt")
     lines = _read_lines(file, "--images") if file.is_file() else []
-    return [line if "{}" in line or token in line else f"{{}}, {line}" for line in lines]
+    named = re.compile(rf"{{}}|(?<!\w){re.escape(token)}(?!\w)")  # 'kat' is not in 'katze', as in the tokenizer
+    return [line if named.search(line) else f"{{}}, {line}" for line in lines]
 
 
 def _read_lines(path, option):
@@ -238,7 +238,7 @@ def _read_lines(path, option):
 
 
 class LatentCache(NamedTuple):
-    """What the VAE makes of every image ([:, 0]) and its mirror image ([:, 1]): latents = mean + std * randn."""
+    """The VAE's posterior of every image ([:, 0]) and its mirror image ([:, 1]): latents = mean + std * randn."""
 
     mean: torch.Tensor  # fp32 [N, 2, 4, h, w] on the CPU, scaled as the UNet takes it
     std: torch.Tensor

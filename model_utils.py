@@ -50,12 +50,19 @@ class UserError(Exception):
     """A mistake that the user can correct: one sentence that names the option and the remedy."""
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows defaults, but not that of a flag or where the text tells it."""
+
+    def _get_help_string(self, action):
+        plain = action.default in (None, False) or "default" in action.help
+        return action.help if plain else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are UserErrors, whose help shows defaults, and which knows what ~ is."""
+    """Parser whose errors are UserErrors, whose help shows defaults, and which expands ~."""
 
     def __init__(self, description):
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
         self.register("type", None, os.path.expanduser)  # of options without a type: a shell leaves --images=~/cat
 
     def error(self, message):
@@ -63,7 +70,6 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv):
         """Like argparse, with one line for an unknown option, and for one that is no text."""
-        argv = sys.argv[1:] if argv is None else argv
         for word in argv:
             if not word.isascii() and word != word.encode(errors="replace").decode():
                 self.error(f"{word!r} is not UTF-8: rename the file, or type it anew.")
@@ -95,28 +101,22 @@ def run_main(script, argv, memory_advice):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="replace")  # a console without the letters of a token shows '?'
     try:
-        script(argv)
-    except OSError as error:  # of the user's files: a folder without permission, a name that is too long
-        if error.filename is None:
-            raise
-        _end(f"{error.filename}: {error.strerror}; check the path and its permissions.")
-    except (UserError, RuntimeError, MemoryError) as error:
+        script(sys.argv[1:] if argv is None else argv)
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         message = str(error).lower()
-        if isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
+        if isinstance(error, OSError) and error.filename is not None:  # no permission, a name that is too long
+            error = f"{error.filename}: {error.strerror}; check the path and its permissions."
+        elif isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
             error = f"out of memory: {memory_advice}."
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             error = f"--compile: PyTorch cannot compile on this machine ({_reason(error)}); leave it out."
         elif not isinstance(error, UserError):
             raise
-        _end(error)
+        print(f"error: {printable(error)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def _end(error):
-    print(f"error: {printable(error)}", file=sys.stderr)
-    sys.exit(2)
 
 
 def printable(text):
@@ -191,13 +191,13 @@ def join_processes(device):
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:  # one process speaks
+    if dist.get_rank() > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
 
 
 def leave_processes():
-    """The end of what join_processes began."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -309,9 +309,7 @@ def refuse_download(model):
         with suppress(Exception):  # no Hub id
             if isinstance(huggingface_hub.try_to_load_from_cache(str(model), "unet/config.json"), str):
                 return
-        raise UserError(
-            f"the token was learned on {model!r}, which is not found here (was it moved?): name it with --model."
-        )
+        raise UserError(f"the token was learned on {model!r}, not found here (was it moved?): name it with --model.")
 
 
 def model_of_name(name):
@@ -371,13 +369,13 @@ def _load_frozen(part_class, part, model, device, dtype, revision, variant):
     if info["missing_keys"]:  # from_pretrained would go on with random numbers
         raise _unloadable(model, part, f"it lacks weights, {min(info['missing_keys'])} for one")
     del info
-    gc.collect()  # the file's pages, mapped into memory, hang in a circle of references: gigabytes
+    gc.collect()  # a reference cycle keeps the memory-mapped file: gigabytes
     return module.requires_grad_(False).eval().to(device)
 
 
 def _load_part(part_class, part, model, **options):
     for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised; what is logged is no news
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised; the log messages add nothing
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # downloading gigabytes in silence would look like a hang
     _refuse_missing("--model", model)
@@ -455,9 +453,7 @@ def native_size(unet_config, vae):
         size, unit, part = vae.config.sample_size, 1, "vae"
     height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
     if not all(type(side) is int and 0 < side <= 10_000 for side in (height, width)):
-        raise UserError(
-            f"{part}/config.json: 'sample_size' is {size!r}, not one or two numbers up to 10000; correct it."
-        )
+        raise UserError(f"{part}/config.json: 'sample_size' is {size!r}, not one or two numbers up to 10000.")
     return height * unit, width * unit
 
 
@@ -560,8 +556,6 @@ def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder
     remedy = f"choose a name such as {option} {example_token(placeholder)}"
     if not placeholder or not placeholder.isprintable() or any(character.isspace() for character in placeholder):
         raise UserError(f"{what} is empty or has spaces or invisible characters; {remedy}.")
-    if not 1 <= num_vectors <= MAX_VECTORS:
-        raise UserError(f"--num_vectors {num_vectors}: must be between 1 and {MAX_VECTORS}, what a prompt can hold.")
     names = [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
     vocabulary = tokenizer.get_vocab()
     pieces = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
@@ -597,7 +591,7 @@ def initializer_ids(tokenizer, text):
 def initial_rows(tokenizer, table, text, num_vectors, seed):
     """The rows [num_vectors, dim] that a token starts with: those of the initializer's tokens or embedding file.
 
-    One vector starts as their mean; several take one each, and begin again with a little noise where there are fewer.
+    One vector starts as their mean; several take one each, and repeat them with a little noise if there are fewer.
     """
     token_ids = initializer_ids(tokenizer, text)
     rows = table[token_ids].float() if token_ids else load_embedding(text, "<initializer>", table.shape[1]).rows
@@ -691,7 +685,7 @@ def encode_tokens(text_encoder, token_ids):
 
 @torch.no_grad()
 def encode_images(vae, images, batch=4):
-    """images [N, 3, H, W] in [-1, 1] -> mean, std [N, 4, h, w] of their latents, fp32, scaled, where images are.
+    """images [N, 3, H, W] in [-1, 1] -> mean, std [N, 4, h, w] of their latents, fp32, scaled, on images' device.
 
     A fresh sample, as the UNet takes it, is mean + std * noise.
     """
@@ -705,7 +699,7 @@ def encode_images(vae, images, batch=4):
 def decode_latents(vae, latents):
     """latents [B, 4, h, w] (scaled) -> images [B, 3, H, W] fp32, about [-1, 1]. UserError if they are not finite.
 
-    As many at a time as have the pixels of one image of 512 x 512: more would be the peak memory of a whole run.
+    As many at a time as have the pixels of one image of 512 x 512: more would set the peak memory of a whole run.
     """
     unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     batch = max(1, 64 * 64 // unscaled[0, 0].numel())

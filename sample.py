@@ -35,7 +35,7 @@ from data import load_images
 from model_utils import UserError
 
 # --- Samplers ---------------------------------------------------------------------------------------------------------
-# x: noisy latents [B, 4, h, w]; x0: the clean latents they seem to come from; eps: the noise they seem to hold;
+# x: noisy latents [B, 4, h, w]; x0: the predicted clean latents; eps: the predicted noise;
 # abar: `alphas_cumprod`. denoise(x, t) is one (guided) call of the UNet.
 
 
@@ -303,15 +303,12 @@ def score_embedding(
         generated, _ = embed(clip, images, without_token)
         clip_i = (generated[:num_images] @ known.T).mean(dim=1)[None]  # [1, num_images]
         clip_t = (generated[num_images:].unflatten(0, (len(edits), per_edit)) * targets[:, None]).sum(dim=-1)  # [P, n]
-        by_prompt = dict(zip(edits, clip_t.mean(dim=1).tolist(), strict=True))
-        scores["tokens"][token] = {"clip_i": _mean_and_error(clip_i), "clip_t": _mean_and_error(clip_t)}
-        scores["tokens"][token]["prompts"] = by_prompt
+        scores["tokens"][token] = found = {}
+        for name, cosines in {"clip_i": clip_i, "clip_t": clip_t}.items():
+            error = (cosines.var(dim=1).mean() / cosines.numel()).sqrt()  # the images are random, the prompts given
+            found[name] = {"mean": cosines.mean().item(), "error": error.item()}
+        found["prompts"] = dict(zip(edits, clip_t.mean(dim=1).tolist(), strict=True))
     return scores
-
-
-def _mean_and_error(cosines):
-    """Of cosines [P, n]: their mean and its standard error, with the n images random and the P prompts given."""
-    return {"mean": cosines.mean().item(), "error": (cosines.var(dim=1).mean() / cosines.numel()).sqrt().item()}
 
 
 def report_scores(scores, path):
@@ -414,9 +411,8 @@ def run(args):
     embeddings = dict(itertools.zip_longest(sources, names))
     if args.export:
         return export(args.export, embeddings)
-    folder = Path(*sources[:1])
-    folder = folder if folder.is_dir() else folder.parent
-    folder = folder if folder.is_dir() else Path()  # a Hub id has none
+    named = Path(*sources[:1])
+    folder = next((path for path in (named, named.parent) if path.is_dir()), Path())  # a Hub id has none
     config = mu.read_config(folder) if sources else {}  # what train.py stored
     metadata = {} if config or not sources else mu.load_embedding(sources[0], names[0] if names else None).metadata
     learned_on = config.get("model") or mu.model_of_name(metadata.get("base_model"))
@@ -481,7 +477,7 @@ def claim_path(folder, stem):
     for i in itertools.count(0):
         path = folder / (f"{stem}{i + 1 if i else ''}.png" if stem else f"{i:04d}.png")
         with suppress(FileExistsError):
-            path.touch(exist_ok=False)  # another process that generates here passes over it
+            path.touch(exist_ok=False)  # another process that generates here skips it
             return path
 
 

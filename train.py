@@ -19,7 +19,6 @@ import hashlib
 import itertools
 import json
 import math
-import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +40,7 @@ def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, m
     """Denoising loss of each image [B]. Edit this to try another loss.
 
     latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
-    token; mask [B, 1, h, w], how much each latent pixel counts (all alike without it). Equation 2 of Gal et al. 2022,
+    token; mask [B, 1, h, w], how much each latent pixel counts (all equally if None). Equation 2 of Gal et al. 2022,
     the mean squared error of DDPM (Ho et al. 2020, equation 14).
     """
     noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
@@ -89,7 +88,7 @@ class Dataset(NamedTuple):
     token_ids: torch.Tensor  # [N, T, L], T captions of each image as tokens
     fingerprint: str  # of the images, masks and captions, to recognize them on resume
     examples: list  # the first ones as PIL images, for the previews
-    summary: str  # of what there is, for the first line of the run
+    summary: str  # description of the data, printed at the start
 
 
 class Batch(NamedTuple):
@@ -105,7 +104,7 @@ class Batch(NamedTuple):
 
 
 def load_dataset(args, tokenizer, placeholders, device):
-    """Encode images and captions once. The VAE is freed again; --resolution is set to the model's own if not given."""
+    """Encode images and captions once. The VAE is freed afterwards. Sets args.resolution if it is not given."""
     vae = mu.load_vae(args.model, device, revision=args.revision, variant=args.variant)
     factor = mu.vae_factor(vae)
     args.resolution = args.resolution or min(mu.native_size(mu.read_unet_config(args.model, args.revision), vae))
@@ -162,7 +161,9 @@ def backward_within_memory(components, batch, total, size, scaler, learned_rows)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        size = math.ceil(min(size, len(batch.latents)) / 2)  # not in the except block: it keeps the activations
+        size = math.ceil(
+            min(size, len(batch.latents)) / 2
+        )  # outside the except block, whose traceback keeps the activations
         learned_rows.grad = None
         torch.cuda.empty_cache()
         print(f"note: out of memory; a step now takes {size} of its images at a time, with the same result")
@@ -170,8 +171,6 @@ def backward_within_memory(components, batch, total, size, scaler, learned_rows)
 
 def exchange_gradient(learned_rows, interrupted):
     """Sum the gradient over all processes (a few KB) -> True if Ctrl-C has come to one of them."""
-    if learned_rows.grad is None:  # more processes than images
-        learned_rows.grad = torch.zeros_like(learned_rows)
     flag = torch.tensor([float(interrupted)], device=learned_rows.device)
     total = mu.sum_over_processes(torch.cat([learned_rows.grad.flatten(), flag]))
     learned_rows.grad.copy_(total[:-1].view_as(learned_rows))
@@ -215,18 +214,13 @@ def announce(args, dataset, device, vocabulary_rms):
 
 
 def describe_rows(learned_rows, init_rows, table, tokenizer):
-    """What the log says of the embedding: norm, cosine to the initializer, nearest tokens of the vocabulary."""
+    """Logged statistics of the embedding: norm, cosine to the initializer, nearest tokens of the vocabulary."""
     return {
         "embedding_norm": learned_rows.norm(dim=1).mean().item(),
         "vocabulary_norm": table.float().norm(dim=1).median().item(),
         "cosine_to_init": torch.cosine_similarity(learned_rows, init_rows).mean().item(),
         "nearest": mu.nearest_tokens(tokenizer, table, learned_rows),
     }
-
-
-def with_vae(components, args):
-    """The components with the VAE, which is loaded to generate images only, and waits on the CPU."""
-    return components._replace(vae=mu.load_vae(args.model, "cpu", revision=args.revision, variant=args.variant))
 
 
 def preview(components, run):
@@ -236,10 +230,11 @@ def preview(components, run):
         return
     prompt = args.preview_prompt or sample.PHOTO_PROMPT[args.learnable_property].format(args.placeholder_token)
     settings = {**mu.sampling_defaults(args.model), "height": args.resolution, "width": args.resolution}
-    count = args.num_validation_images
-    seeds = range(args.seed, args.seed + count)
+    seeds = range(args.seed, args.seed + args.num_validation_images)
     try:
-        images = sample.generate(with_vae(components, args), [prompt] * count, seeds, progress=False, **settings)
+        vae = mu.load_vae(args.model, "cpu", revision=args.revision, variant=args.variant)  # not kept while training
+        components = components._replace(vae=vae)
+        images = sample.generate(components, [prompt] * len(seeds), seeds, progress=False, **settings)
         run.add_preview(list(images))
     except (UserError, RuntimeError, MemoryError) as error:  # no memory left, a full disk
         print(f"warning: no preview of step {run.step} ({error})", file=sys.stderr)
@@ -254,14 +249,14 @@ def catch_ctrl_c():
         pressed.append(True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield pressed
-        return
-    previous = signal.signal(signal.SIGINT, press)
+    previous = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):  # only the main thread gets signals
+        signal.signal(signal.SIGINT, press)
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, previous)
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, previous)
 
 
 def train(args):
@@ -269,6 +264,8 @@ def train(args):
     # 1. The data, and the frozen model with new rows, which start as the initializer token's
     device = mu.choose_device(args.device)
     rank, processes = mu.join_processes(device)
+    if processes > args.batch_size * args.grad_accum:
+        raise UserError(f"--batch_size {args.batch_size}: a step has fewer images than the {processes} processes.")
     dtype = mu.choose_dtype(args.precision, device)
     args.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]  # kept on resume
     tokenizer = mu.load_tokenizer(args.model, args.revision)
@@ -290,7 +287,7 @@ def train(args):
     training = components._replace(unet=mu.compile_unet(unet)) if args.compile else components
 
     # 2. The optimizer, and the run's folder, which restores what learns if it is resumed
-    optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no wait for CUDA
+    optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no sync with CUDA
     # fp16 gradients are scaled up so that they do not vanish; else the scale is 1 and only infinite ones are skipped
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
@@ -330,7 +327,7 @@ def train(args):
             finished = run.step == args.steps or stopped
             if not (finished or any(run.is_due(n) for n in (args.log_steps, args.save_steps, args.preview_steps))):
                 continue
-            run.refuse_broken_rows()  # from here on the loop waits for the device
+            run.refuse_broken_rows()  # synchronizes with the device, as does all below
             sums, counts = mu.sum_over_processes(loss_sums).tolist()
             loss_sums.zero_()
             eval_loss = mu.sum_over_processes(evaluation_loss(components, eval_batch, size)).item() / processes
@@ -356,10 +353,12 @@ def train(args):
         sys.exit(130)
     if run.step < args.steps:
         print(f"converged after step {run.step} (--early_stop)")
-    if args.score and Path(args.model, "clip").is_dir() and rank == 0:
-        options = ["--score", "--embedding", str(run.folder), "--seed", str(args.seed), "--device", args.device]
-        sample.run(sample.build_parser().parse_args([*options, "--batch_size", "32"]))
-    run.finish()
+    try:
+        if args.score and Path(args.model, "clip").is_dir() and rank == 0:
+            options = ["--score", "--embedding", str(run.folder), "--seed", str(args.seed), "--device", args.device]
+            sample.run(sample.build_parser().parse_args([*options, "--batch_size", "32"]))
+    finally:
+        run.finish()
     return run.folder
 
 
@@ -386,7 +385,7 @@ class Run:
         self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", [], None
         self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
         self.lock = mu.lock_folder(self.folder) if rank == 0 else None
-        resumed = args.resume and (self.folder / "state.pt").exists()  # if it was killed before its first save: anew
+        resumed = args.resume and (self.folder / "state.pt").exists()  # killed before its first save: anew
         if resumed:
             self.restore()
         if rank > 0:
@@ -394,7 +393,7 @@ class Run:
         if not resumed:
             self.clear()
         config = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
-        for name in ("images", "masks", "templates"):  # found from any folder
+        for name in ("images", "masks", "templates"):  # absolute: the run can be resumed from any folder
             config[name] = config[name] and str(Path(config[name]).resolve())
         config["model"] = mu.name_of_model(args.model)
         text = json.dumps(config, indent=1, ensure_ascii=False)
@@ -418,7 +417,8 @@ class Run:
         """Load the checkpoint, and the log up to its step. UserError if it is of another run."""
         state = load_state(self.folder)
         if state["images"] != self.dataset.fingerprint:
-            raise UserError(f"--images {self.args.images}: these are not the images that {self.folder} began with.")
+            what = f"--images {self.args.images}: these are not the images, masks or captions"
+            raise UserError(f"{what} that {self.folder} began with.")
         if state["model"] != self.model_fingerprint:
             raise UserError(f"--model {self.args.model}: this is not the model that {self.folder} began with.")
         try:
@@ -429,7 +429,9 @@ class Run:
             if state["token"] != self.args.placeholder_token:
                 raise ValueError
             self.learned_rows.data.copy_(rows)
-            groups = self.optimizer.state_dict()["param_groups"]  # settings are ours, only numbers come from the file
+            groups = self.optimizer.state_dict()[
+                "param_groups"
+            ]  # hyperparameters are ours, the state comes from the file
             self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
             self.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -437,7 +439,7 @@ class Run:
             raise UserError(f"--resume: {what}; start another run.") from error
         self.step, log = state["step"], self.folder / "log.jsonl"
         for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-            with suppress(ValueError, TypeError, KeyError, AttributeError):  # half a line, or a stranger's
+            with suppress(ValueError, TypeError, KeyError, AttributeError):  # an incomplete or foreign line
                 row = json.loads(line)
                 numbers = [row[name] for name in CURVES]
                 if row["step"] <= self.step and all(isinstance(x, float | int | None) for x in numbers):
@@ -447,10 +449,7 @@ class Run:
     def refuse_broken_rows(self):
         """UserError if the embedding is not finite: it is never saved."""
         if not self.learned_rows.isfinite().all():
-            lr = self.args.lr
-            raise UserError(
-                f"--lr {lr}: the embedding is not finite any more; try a lower one. What was saved is kept."
-            )
+            raise UserError(f"--lr {self.args.lr}: the embedding is not finite any more; try a lower one.")
 
     def save(self, last=True):
         """Write the checkpoint (a few KB: rows, optimizer, scaler, step), then the embedding.
@@ -506,13 +505,15 @@ class Run:
 
     def has_converged(self):
         rows = [row for row in self.log_rows if row["step"] % self.args.log_steps == 0]  # evenly spaced
-        return self.args.early_stop and has_converged([row["eval_loss"] for row in rows])
+        return self.args.early_stop and has_converged(
+            [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
+        )
 
     def add_preview(self, images):
         """Add a row of PIL images to preview.png, below the training images; the newest rows stay."""
         row = sample.image_grid(images, len(images), [f"step {self.step}"])
         self.previews = [*self.previews, (self.step, row)][-PREVIEW_ROWS:]
-        strips = [sample.image_grid(self.dataset.examples, len(images), ["training images"])]
+        strips = [sample.image_grid(self.dataset.examples, len(images), ["training"])]
         strips += [strip for _, strip in self.previews]
         sheet = Image.new("RGB", (row.width, row.height * len(strips)), "white")
         for i, strip in enumerate(strips):
@@ -534,12 +535,11 @@ class Run:
             return
         if self.tensorboard:
             self.tensorboard.close()
-        files = {"embedding": EMBEDDING_FILES[0], "log": "log.jsonl", "curves": "curves.png", "preview": "preview.png"}
-        for title, name in files.items():
-            if name != "preview.png" or self.previews:
-                print(f"{title:11}{self.folder / name}")
-        prompt = {"object": "a photo of a {} on the moon", "style": "a picture of a house in the style of {}"}
-        prompt = mu.quote(prompt[self.args.learnable_property].format(self.args.placeholder_token))
+        print(f"{'embedding':11}{self.folder / EMBEDDING_FILES[0]}")
+        for name in ["log.jsonl", "curves.png"] + ["preview.png"] * bool(self.previews):
+            print(f"{Path(name).stem:11}{self.folder / name}")
+        prompt = sample.EDITING_PROMPTS[self.args.learnable_property][-1].format(self.args.placeholder_token)
+        prompt = mu.quote(prompt)
         print(f"{'try next':11}python sample.py --embedding {mu.quote(self.folder.as_posix())} --prompt {prompt}")
         panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in CURVES.items()}
         sample.plot_curves(panels, self.folder / "curves.png")
@@ -596,12 +596,19 @@ RECIPES = {
     },
 }  # fmt: skip
 
-# What may change when a run is resumed. Anything else would change its course (more --steps stretch a decaying rate).
+# What may change when a run is resumed; anything else would change its course. More --steps stretch a decaying rate.
 FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
-FREE_TO_CHANGE |= {"output_dir", "gradient_checkpointing", "early_stop", "tensorboard", "num_validation_images"}
+FREE_TO_CHANGE |= {
+    "output_dir",
+    "gradient_checkpointing",
+    "compile",
+    "early_stop",
+    "tensorboard",
+    "num_validation_images",
+}
 # Files may have moved: the images, masks, captions and weights themselves are compared.
 FREE_TO_CHANGE |= {"images", "masks", "templates", "model"}
-NOT_STORED = {"resume", "overwrite", "num_train_epochs", "no_effect"}
+NOT_STORED = {"resume", "overwrite", "num_train_epochs", "repeats", "report_to", "no_effect"}
 
 # Options of diffusers' script that change nothing here: accepted, and named in one line.
 NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf32 --use_8bit_adam --tokenizer_name
@@ -617,7 +624,8 @@ def build_parser():
     parser = mu.Parser("Teach a frozen Stable Diffusion a new token from a few images (textual inversion).")
     add = parser.add_argument_group("model and concept").add_argument
     # fmt: off
-    add("--model", "--pretrained_model_name_or_path", default=mu.DEFAULT_MODEL, help="folder or Hub id")
+    add("--model", "--pretrained_model_name_or_path", default=mu.DEFAULT_MODEL,
+        help="folder or Hub id (default: the bundled mini_sd)")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
     add("--images", "--train_data_dir", help="folder of training images, 3 to 9 are usual, or one image; transparent "
@@ -652,7 +660,7 @@ def build_parser():
     add("--precision", "--mixed_precision", choices=["auto", "no", "fp32", "fp16", "bf16"], default="auto",
         help="precision of the frozen weights and of autocast")
     add("--gradient_checkpointing", action=FLAG, default=False, help="save memory, with a slower backward pass")
-    add("--compile", action="store_true", help="compile the UNet: minutes for the first step, then faster ones")
+    add("--compile", action=FLAG, default=False, help="compile the UNet: minutes for the first step, then faster ones")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", "--out", help="folder of the run (default: the next free of runs/TOKEN, runs/TOKEN-2, ...)")
     add("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
@@ -679,12 +687,11 @@ def build_parser():
     return parser
 
 
-def parse_options(argv=None):
+def parse_options(argv):
     """Command line -> options; those of a resumed run are read first, as if they stood before the others.
 
     UserError if they do not fit together or would overwrite something.
     """
-    argv = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(argv)
     if args.resume is not None and args.overwrite:
         raise UserError("--resume continues a run, --overwrite starts it anew: choose one.")
@@ -698,6 +705,8 @@ def parse_options(argv=None):
         )
     args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
+    if (file := Path(args.initializer_token)).suffix and file.is_file():  # an embedding, found from any folder
+        args.initializer_token = str(file.resolve())
     if args.resume is None and args.output_dir:
         folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
         if images in [folder, *folder.parents]:

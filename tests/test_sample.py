@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -435,3 +437,10 @@ def test_mistakes_end_in_one_sentence(run_folder, capsys, argv, named):
 def test_without_any_run_train_py_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "run train.py first" in refused([], capsys)
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_both_scripts_run_as_programs(script):
+    path = Path(sample.__file__).with_name(script)
+    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--seed" in done.stdout
