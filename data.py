@@ -184,6 +184,8 @@ def load_images(folder, resolution):
 
 def _read_masks(folder, paths, resolution):
     """The masks [N, 1, R, R] in [0, 1] of images: the alpha of the file of this name, or its grey if it has none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--masks: there is no folder {str(folder)!r}.")
     files = {file.stem: file for file in Path(folder).glob("*") if _is_image(file)}
     masks = []
     for path in paths:

@@ -293,9 +293,15 @@ def score_embedding(
     seeds = range(seed, seed + len(prompts))  # the same for each token
     without_token = [" ".join(edit.replace("{}", "").split()) for edit in edits]
     known, targets = embed(clip, training_images, without_token)  # [N, dim], [P, dim]
-    pairs = known @ known.T  # the training images with each other: an upper bound
-    upper_bound = (pairs.sum() - pairs.trace()).item() / max(1, pairs.numel() - len(pairs))
-    scores = {"clip": clip.name, "num_images": num_images, "seed": seed, **generation, "training_images": upper_bound}
+    pairs = known @ known.T  # the training images with each other, for comparison
+    with_each_other = (pairs.sum() - pairs.trace()).item() / max(1, pairs.numel() - len(pairs))
+    scores = {
+        "clip": clip.name,
+        "num_images": num_images,
+        "seed": seed,
+        **generation,
+        "training_images": with_each_other,
+    }
     scores["tokens"] = {}
     for token in tokens:
         images = list(generate(components, [prompt.format(token) for prompt in prompts], seeds, **generation))
@@ -334,7 +340,7 @@ def build_parser():
     add("--prompt", action="append", help="repeatable (default: a photo of each token)")
     add("--negative_prompt", help="what the images should not show")
     add("--num_images", type=count, help="images per prompt (default: 4; with --score 64)")
-    add("--sampler", choices=SAMPLERS, help="(default: dpm++)")
+    add("--sampler", choices=SAMPLERS, help="(default: dpm++, or the model's own)")
     add("--steps", "--num_inference_steps", type=count, help="denoising steps (default: 25, or the model's own)")
     add("--guidance", "--guidance_scale", type=mu.number(float, -1e6, 1e6),
         help="scale of classifier-free guidance (default: 7.5, or the model's own)")
@@ -352,15 +358,6 @@ def build_parser():
     add("--score_model", help=f"CLIP, folder or Hub id (default: clip/ of the model, else {DEFAULT_SCORE_MODEL})")
     # fmt: on
     return parser
-
-
-def newest_run(model=None):
-    """[embedding of the newest run in runs/], of those that learned on `model` if it is given; [] if there is none."""
-    found = sorted(Path("runs").glob("*/learned_embeds.safetensors"), key=lambda path: path.stat().st_mtime)
-    if model:
-        name = mu.name_of_model(model)
-        found = [path for path in found if mu.name_of_model(mu.read_config(path.parent).get("model") or "") == name]
-    return [str(path) for path in found[-1:]]
 
 
 def export(path, embeddings):
@@ -399,11 +396,11 @@ def check_prompts(components, prompts, negative_prompt=""):
 def run(args):
     """Generate images, or scores, as the options say. UserError if that cannot be done."""
     # 1. The tokens, and the model they were learned on
-    sources, names = args.embedding or newest_run(args.model if args.prompt else None), args.token or []
-    if not sources and not (args.model and args.prompt):
+    runs = sorted(Path("runs").glob("*/learned_embeds.safetensors"), key=lambda path: path.stat().st_mtime)
+    model_alone = args.model and args.prompt and not args.embedding
+    sources, names = args.embedding or ([] if model_alone else [str(path) for path in runs[-1:]]), args.token or []
+    if not sources and not model_alone:
         raise UserError("no run in runs/: run train.py first, name an --embedding, or both a --model and a --prompt.")
-    if not sources:
-        print(f"note: no run in runs/ is of {args.model}; these are images of the model alone", file=sys.stderr)
     if len(names) > len(sources):
         raise UserError(f"--token is given {len(names)} times for {len(sources)} --embedding; give one for each.")
     if len(set(sources)) < len(sources):
@@ -424,6 +421,8 @@ def run(args):
     dtype = mu.choose_dtype(args.precision, device)
     print(f"model      {mu.printable(model)}")
     components = mu.load_components(model, device, dtype, **source, embeddings=embeddings)
+    for token, file in zip(components.placeholders, sources, strict=True):
+        print(f"token      {token} ({mu.printable(file)})")
 
     # 2. The settings: as given, else as the model's folder advises, else as usual with Stable Diffusion
     settings = {"sampler": "dpm++", "steps": 25, "guidance": 7.5, "batch_size": 4, "negative_prompt": ""}

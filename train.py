@@ -1,6 +1,6 @@
 """Textual inversion (Gal et al. 2022, arXiv:2208.01618): teach a frozen Stable Diffusion a new token from a few images.
 
-    python train.py                         # on the bundled model, without a network: two minutes on two CPU cores
+    python train.py                         # on the bundled model, without a network: a minute or two on two cores
     python train.py --model CompVis/stable-diffusion-v1-4 --images my_cat --placeholder_token "<kat>" \\
         --initializer_token cat             # on a real checkpoint
 
@@ -199,18 +199,22 @@ def has_converged(eval_losses, window=15, fraction=0.15):
     return varies_little or np.mean(before) - np.mean(last) < error
 
 
-def announce(args, dataset, device, vocabulary_rms):
+def announce(run, device, vocabulary_rms):
     """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
+    args, step = run.args, f"from step {run.step} to" if run.step else ""
     rates, images = [learning_rate(step, args) for step in range(args.steps)], args.batch_size * args.grad_accum
-    what = f"{args.steps} steps of {images}, learning rate {max(rates):.2g} ({args.lr_scheduler})"
+    what = f"{step} {args.steps} steps of {images}, learning rate {max(rates):.2g} ({args.lr_scheduler})".strip()
     how = f"{args.timestep_sampling} timesteps, {args.precision} on {device}"
-    print(f"training   {dataset.summary}, {what}, {how}")
+    name = mu.printable(Path(args.model).name)
+    print(f"training   {args.placeholder_token} on {name}: {run.dataset.summary}, {what}, {how}")
     recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
     recipe.lr = recipe.lr or vocabulary_rms
     usual = sum(learning_rate(step, recipe) for step in range(recipe.steps))
-    if not 0.4 < sum(rates) / usual < 2.5:
-        sums = f"{sum(rates):.2g}, those of --recipe {args.recipe} to {usual:.2g}"
-        print(f"note: the learning rates of all steps add up to {sums}: check --lr, --steps and --scale_lr")
+    if args.steps >= 50 and not 0.4 < sum(rates) / usual < 2.5:
+        sums = f"the learning rates add up to {sum(rates):.2g} and {usual:.2g}"
+        print(
+            f"note: --steps and --lr are far from --recipe {args.recipe} ({sums}): it may learn too little or too much"
+        )
 
 
 def describe_rows(learned_rows, init_rows, table, tokenizer):
@@ -292,7 +296,7 @@ def train(args):
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
     run = Run(args, dataset, mu.fingerprint(text_encoder, unet), learned_rows, optimizer, scaler, rank)
-    announce(args, dataset, device, vocabulary_rms)
+    announce(run, device, vocabulary_rms)
     if args.preview_prompt and rank == 0:
         sample.check_prompts(components, [args.preview_prompt])
     if args.preview_steps and run.step == 0:
@@ -303,8 +307,14 @@ def train(args):
     eval_batch = draw_batch(dataset, args.batch_size * math.ceil(4 / args.batch_size), schedule, EVAL_SEED, args)
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
-    bar = tqdm(total=args.steps, initial=run.step, desc=f"learning {args.placeholder_token}", disable=rank > 0 or None)
-    finished, stopped = run.step >= args.steps or run.has_converged(), False
+    bar = tqdm(
+        total=args.steps,
+        initial=run.step,
+        desc=f"learning {args.placeholder_token}",
+        unit="step",
+        disable=rank > 0 or None,
+    )
+    start, finished, stopped = run.step, run.step >= args.steps or run.has_converged(), False
     with catch_ctrl_c() as interrupted, bar:
         while not finished:
             batch = draw_batch(dataset, total, schedule, run.step, args).strided(rank, processes)
@@ -354,7 +364,9 @@ def train(args):
     if run.step < args.steps:
         print(f"converged after step {run.step} (--early_stop)")
     try:
-        if args.score and Path(args.model, "clip").is_dir() and rank == 0:
+        is_new = run.step > start or not (run.folder / "scores.json").exists()
+        if args.score and Path(args.model, "clip").is_dir() and rank == 0 and is_new:
+            print("scoring    with 128 images of each token (--no-score leaves it out)")
             options = ["--score", "--embedding", str(run.folder), "--seed", str(args.seed), "--device", args.device]
             sample.run(sample.build_parser().parse_args([*options, "--batch_size", "32"]))
     finally:
@@ -567,7 +579,7 @@ def load_state(folder):
     """The checkpoint of a run. UserError if there is none or it is damaged."""
     path = Path(folder, "state.pt")
     if not path.is_file():
-        raise UserError(f"--resume: there is no checkpoint {path}; name a run's folder or use --overwrite.")
+        raise UserError(f"--resume: there is no checkpoint {path}; name the folder of a run.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         kinds = {"token": str, "images": str, "model": str, "step": int, "rows": torch.Tensor}
@@ -638,21 +650,21 @@ def build_parser():
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
     add("--num_vectors", type=mu.number(int, 1, mu.MAX_VECTORS), default=1, help="embedding vectors of the token")
     add("--resolution", type=mu.number(int, 1, 8192), help="size of the training images (default: the model's own)")
-    add = parser.add_argument_group("optimization (defaults by --recipe: notebook / fast)").add_argument
+    add = parser.add_argument_group("optimization (defaults by --recipe)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
-    add("--steps", "--max_train_steps", type=COUNT, help="optimizer steps (2000 / 250)")
+    add("--steps", "--max_train_steps", type=COUNT, help="optimizer steps (notebook: 2000, fast: 250)")
     add("--batch_size", "--train_batch_size", type=mu.number(int, 1, 4096),
-        help="images per pass, split when memory runs out (4 / 8)")
+        help="images per pass, split when memory runs out (notebook: 4, fast: 8)")
     add("--grad_accum", "--gradient_accumulation_steps", type=mu.number(int, 1, 4096), default=1,
         help="passes per optimizer step")
     add("--lr", "--learning_rate", type=mu.number(float, 1e-12, 1e6), help="peak learning rate "
-        "(2e-3 / root mean square of the vocabulary's entries: .02 for the bundled model)")
+        "(notebook: 2e-3, fast: root mean square of the vocabulary's entries, .02 for the bundled model)")
     add("--scale_lr", action="store_true", help="multiply the learning rate by the images per step")
     add("--lr_scheduler", choices=["constant", "constant_with_warmup", "linear", "cosine", "polynomial"],
-        help="(constant / cosine)")
-    add("--lr_warmup_steps", type=COUNT_OR_ZERO, help="steps of linear warm-up (0 / 10)")
+        help="learning rate schedule (notebook: constant, fast: cosine)")
+    add("--lr_warmup_steps", type=COUNT_OR_ZERO, help="steps of linear warm-up (notebook: 0, fast: 10)")
     add("--timestep_sampling", choices=["uniform", "cubic"], help="uniform is the paper's; cubic favours high noise "
-        "levels and learns sooner (uniform / cubic)")
+        "levels and learns sooner (notebook: uniform, fast: cubic)")
     add("--early_stop", action=FLAG, default=False, help="stop once the evaluation loss has plateaued")
     add("--seed", type=mu.number(int, 0, 2**63 - 1), default=0, help="random seed")
     add = parser.add_argument_group("hardware").add_argument
@@ -703,6 +715,9 @@ def parse_options(argv):
         raise UserError(
             "--images needs --initializer_token: a word for what they show, such as cat; the token starts as it."
         )
+    if args.images and args.model == mu.DEFAULT_MODEL and not Path(args.images).resolve().is_relative_to(args.model):
+        note = "note: the bundled model knows a picture book of 64 px; for photographs name another --model"
+        print(f"{note}, such as CompVis/stable-diffusion-v1-4", file=sys.stderr)
     args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
     if (file := Path(args.initializer_token)).suffix and file.is_file():  # an embedding, found from any folder
@@ -732,7 +747,7 @@ def parse_options(argv):
         except ImportError as error:
             raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
     if args.early_stop and args.steps <= 15 * args.log_steps:
-        more = f"more than {15 * args.log_steps} --steps, or fewer --log_steps"
+        more = f"more than {15 * args.log_steps} --steps, or a smaller --log_steps"
         print(f"note: --early_stop cannot take effect here: it needs {more}", file=sys.stderr)
     return args
 
