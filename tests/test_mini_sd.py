@@ -105,7 +105,7 @@ def test_every_word_of_the_captions_is_one_token():
 def test_the_vae_reconstructs_held_out_images(vae, held_out):
     latents, _ = mu.encode_images(vae, held_out[0], batch=50)
     errors = (mu.decode_latents(vae, latents).clamp(-1, 1) - held_out[0]).square().flatten(1).mean(1) / 4
-    assert (-10 * errors.log10()).mean() > 26  # dB
+    assert (-10 * errors.log10()).mean() > 27.5  # dB
     assert latents.std().item() == pytest.approx(1, abs=0.1)
 
 

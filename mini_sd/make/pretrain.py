@@ -193,11 +193,26 @@ def stage_tokenizer(args):
 
 
 def stage_vae(args):
+    learn_vae(args, "vae", build_vae(), 2e-3)
+
+
+def stage_decoder(args):
+    """The decoder of the exported autoencoder is trained further; the latents, and so the UNet, stay as they are."""
+    vae = mu.load_vae(args.out, args.device)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    learn_vae(args, "decoder", vae, 1e-3)
+    save_half(vae, args.out / "vae")
+
+
+def learn_vae(args, name, vae, lr):
+    """The training loop of both autoencoder stages."""
     device, images = args.device, load_pictures(args, "train")[0]
     test = to_float(load_pictures(args, "test")[0][:256])
-    vae = build_vae().to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=1e-4, betas=(0.9, 0.99))
-    run = Run(args, "vae", [vae], optimizer)
+    vae = vae.to(device, memory_format=torch.channels_last).train()
+    learned = [weight for weight in vae.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=lr, weight_decay=1e-4, betas=(0.9, 0.99))
+    run = Run(args, name, [vae], optimizer)
     generator = torch.Generator().manual_seed(run.step)
     going = run.progress() < 1
     while going:
@@ -209,10 +224,10 @@ def stage_vae(args):
         # edges matter more than areas of flat colour: also compare differences of neighbouring pixels
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         loss = error.abs().mean() + error.square().mean() + 0.25 * edges + 1e-6 * posterior.kl().mean()
-        set_lr(optimizer, 2e-3, run.progress(), run.step, warmup=100)
+        set_lr(optimizer, lr, run.progress(), run.step, warmup=100)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         going = run.tick(loss=loss.detach(), psnr=psnr(y.detach(), x))
         if run.step % 500 == 0 or not going:
@@ -222,8 +237,8 @@ def stage_vae(args):
                     [vae.decode(vae.encode(x.to(device)).latent_dist.mean).sample.cpu() for x in test.split(64)]
                 )
             vae.train()
-            print(f"vae: {psnr(y, test):.2f} dB on held-out images", flush=True)
-            save_sheet([test[:12], y[:12], test[12:24], y[12:24]], args.work / "vae.png")
+            print(f"{name}: {psnr(y, test):.2f} dB on held-out images", flush=True)
+            save_sheet([test[:12], y[:12], test[12:24], y[12:24]], args.work / f"{name}.png")
     run.save()
 
 
@@ -443,6 +458,7 @@ def stage_scorer(args):
 STAGES = {
     "pictures": stage_pictures, "tokenizer": stage_tokenizer, "vae": stage_vae, "latents": stage_latents,
     "clip": stage_clip, "texts": stage_texts, "unet": stage_unet, "export": stage_export, "scorer": stage_scorer,
+    "decoder": stage_decoder,
 }  # fmt: skip
 
 
@@ -450,7 +466,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument(
-        "--minutes", type=float, help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 78 scorer)"
+        "--minutes",
+        type=float,
+        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 78 scorer, 18 decoder)",
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=Path(mu.DEFAULT_MODEL), help="folder to export the model to")
@@ -467,7 +485,7 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 78}.get(stage, 0)
+        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 78, "decoder": 18}.get(stage, 0)
         torch.manual_seed(0)
         STAGES[stage](args)
 
