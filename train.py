@@ -144,7 +144,10 @@ def batch_loss(components, batch):
 
 
 def backward(components, batch, total, size, scaler):
-    """Accumulate a batch's part of the gradient of the mean loss of `total` images, `size` at a time -> losses [B]."""
+    """Accumulate this batch's part of the gradient of the mean loss of `total` images, in micro-batches -> losses [B].
+
+    size: images in a micro-batch. Together they are one step, as if all images went through the UNet at once.
+    """
     losses, parts = torch.zeros(len(batch.latents), device=components.unet.device), math.ceil(len(batch.latents) / size)
     for i in range(parts):
         loss = batch_loss(components, batch.strided(i, parts))  # [size]
@@ -154,7 +157,7 @@ def backward(components, batch, total, size, scaler):
 
 
 def backward_within_memory(components, batch, total, size, scaler, learned_rows):
-    """`backward`, with half the size as often as the device runs out of memory -> losses [B], size that fits."""
+    """`backward`; when the device runs out of memory, again with half the size -> losses [B], the size that fits."""
     while True:
         try:
             return backward(components, batch, total, size, scaler), size
@@ -307,13 +310,7 @@ def train(args):
     eval_batch = draw_batch(dataset, args.batch_size * math.ceil(4 / args.batch_size), schedule, EVAL_SEED, args)
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
-    bar = tqdm(
-        total=args.steps,
-        initial=run.step,
-        desc=f"learning {args.placeholder_token}",
-        unit="step",
-        disable=rank > 0 or None,
-    )
+    bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None)  # None: if no terminal
     start, finished, stopped = run.step, run.step >= args.steps or run.has_converged(), False
     with catch_ctrl_c() as interrupted, bar:
         while not finished:
