@@ -164,9 +164,8 @@ def backward_within_memory(components, batch, total, size, scaler, learned_rows)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        size = math.ceil(
-            min(size, len(batch.latents)) / 2
-        )  # outside the except block, whose traceback keeps the activations
+        # outside the except block, whose traceback keeps the activations
+        size = math.ceil(min(size, len(batch.latents)) / 2)
         learned_rows.grad = None
         torch.cuda.empty_cache()
         print(f"note: out of memory; a step now takes {size} of its images at a time, with the same result")
