@@ -190,9 +190,10 @@ def _read_masks(folder, paths, resolution):
     masks = []
     for path in paths:
         try:
-            pixels = read_image(files.get(path.stem, Path(folder, path.name)), resolution)
-        except ValueError as error:
-            what = f"no mask of {path.name!r} ({error})"
+            pixels = read_image(files[path.stem], resolution)
+        except (KeyError, ValueError) as error:
+            reason = error if isinstance(error, ValueError) else "there is none"
+            what = f"no mask of {path.name!r} ({reason})"
             raise UserError(f"--masks: {what}; give an image of this name that is white where it counts.") from error
         masks.append(pixels[..., 3] if pixels[..., 3].min() < 255 else pixels[..., :3].mean(axis=-1))
     return torch.from_numpy(np.stack(masks)[:, None].astype(np.float32) / 255)

@@ -327,7 +327,7 @@ def load_tokenizer(model, revision=None):
         why = "no vocabulary" if Path(model).is_dir() else "no such model there, or no connection"
         raise _unloadable(model, "tokenizer", why)
     config = Settings(_fetch("--model", model, "text_encoder/config.json", revision))
-    if len(tokenizer) > config.get("vocab_size", len(tokenizer), int):
+    if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int):
         raise _unloadable(model, "tokenizer", "it has tokens without a row in the text encoder's table")
     tokenizer.model_max_length = config.get("max_position_embeddings", 77, int, 3, 10_000)  # not what its own file says
     return tokenizer

@@ -286,6 +286,8 @@ def train(args):
         unet.enable_gradient_checkpointing()
     table = text_encoder.get_input_embeddings().weight  # [V, dim]
     vocabulary_rms = table.float().square().mean().sqrt().item()
+    if not 0 < vocabulary_rms < math.inf:
+        raise UserError(f"--model {args.model}: its token table is zero or not finite; take another checkpoint.")
     args.lr = args.lr or vocabulary_rms  # of --recipe fast
     init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows

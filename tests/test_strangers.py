@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,31 @@ def test_ctrl_c_during_the_imports_is_no_traceback(script, tmp_path):
     (tmp_path / script).write_text(Path(TRAIN_PY).with_name(script).read_text(encoding="utf-8"), encoding="utf-8")
     done = subprocess.run([sys.executable, str(tmp_path / script)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 130 and "Traceback" not in done.stderr
+
+
+def test_a_mask_that_is_a_fifo_is_never_opened(learn, image_folder, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for path in Path(image_folder).iterdir():
+        os.mkfifo(tmp_path / "masks" / path.name)
+    with pytest.raises(mu.UserError, match="--masks: no mask of .*there is none"):
+        learn("--masks", str(tmp_path / "masks"))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_model_whose_tokens_are_broken_is_a_sentence(learn, tiny_model, tmp_path, value):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    text_encoder = mu.load_text_encoder(model, "cpu")
+    text_encoder.get_input_embeddings().weight.fill_(value)
+    text_encoder.save_pretrained(model / "text_encoder")
+    with pytest.raises(mu.UserError, match="--model .*token table is zero or not finite"):
+        learn("--model", str(model))
+
+
+def test_a_tokenizer_with_numbers_beyond_the_table_is_a_sentence(learn, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    path = model / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["vocab"]["cat</w>"] = 1_000_000
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(mu.UserError, match="without a row in the text encoder's table"):
+        learn("--model", str(model))
