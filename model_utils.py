@@ -872,7 +872,8 @@ def _name_and_rows(content, path, token):
     for key in ("clip_l", "emb_params", "emp_params"):
         if key in content:
             if "clip_g" in content:
-                print(f"note: {path} is for SDXL; taken: clip_l, the half for Stable Diffusion 1", file=sys.stderr)
+                what = "is for SDXL; taken: clip_l, the half for Stable Diffusion 1"
+                print(f"note: {printable(path)} {what}", file=sys.stderr)
             content = {"*": content[key]}
     if len(content) > 1 and token in content:
         name, content = token, {token: content[token]}

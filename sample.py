@@ -323,7 +323,7 @@ def report_scores(scores, path):
     print(f"{'':24}{'CLIP-I (images)':>20}{'CLIP-T (prompts)':>20}")
     for token, found in scores["tokens"].items():
         cells = (f"{found[name]['mean']:.3f} +- {found[name]['error']:.3f}" for name in ("clip_i", "clip_t"))
-        print(f"{token:24}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{mu.printable(token):24}" + "".join(f"{cell:>20}" for cell in cells))
     print(f"{'training images':24}{scores['training_images']:>11.3f}\nscores     {path}")
 
 
@@ -368,7 +368,7 @@ def export(path, embeddings):
     embedding = mu.load_embedding(source, token)
     mu.save_embedding(path, embedding.token, embedding.rows, embedding.metadata.get("base_model", ""))
     name = Path(path).stem
-    print(f"{embedding.token} is in {path}: in A1111 it is called {name}, in ComfyUI embedding:{name}")
+    print(f"{mu.printable(embedding.token)} is in {path}: in A1111 it is called {name}, in ComfyUI embedding:{name}")
     if len(embedding.rows) > 1 and Path(path).suffix != ".pt":
         print("note: InvokeAI reads an embedding of several vectors only from a .pt", file=sys.stderr)
 
@@ -434,7 +434,7 @@ def run(args):
 
     # 3. Either the scores of the first token
     if args.score:
-        if "images" not in config:
+        if not {"images", "resolution"} <= config.keys():
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
         print(f"images     {mu.printable(config['images'])}")
         training_images = mu.to_pil(load_images(config["images"], config["resolution"]))

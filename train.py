@@ -533,7 +533,10 @@ class Run:
 
     def restore_previews(self):
         """Read the rows of preview.png up to the step of the checkpoint; none if it is not there or damaged."""
-        with suppress(Exception), Image.open(self.folder / "preview.png") as sheet:
+        path = self.folder / "preview.png"
+        if not path.is_file():
+            return
+        with suppress(Exception), Image.open(path) as sheet:
             steps = json.loads(sheet.text["steps"])
             height = sheet.height // (1 + len(steps))
             strips = [sheet.crop((0, i * height, sheet.width, (i + 1) * height)) for i in range(1, 1 + len(steps))]

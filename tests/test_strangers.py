@@ -168,6 +168,8 @@ def test_a_fifo_is_never_opened(learn, tmp_path, capsys):
     if not hasattr(os, "mkfifo"):
         pytest.skip("no fifos here")
     folder = learn()
+    os.mkfifo(folder / "preview.png")
+    train.main(["--resume", str(folder), "--steps", "5"])
     for name in ("log.jsonl", "state.pt"):
         (folder / name).unlink()
         os.mkfifo(folder / name)
@@ -246,3 +248,22 @@ def test_a_tokenizer_with_numbers_beyond_the_table_is_a_sentence(learn, tiny_mod
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(mu.UserError, match="without a row in the text encoder's table"):
         learn("--model", str(model))
+
+
+def test_control_characters_of_a_file_reach_no_terminal(learn, capsys, tmp_path):
+    rows, folder = torch.zeros(1, 32), tmp_path / "strange"
+    folder.mkdir()
+    torch.save({"<k\x1b[31mat>": rows}, folder / "a.bin")
+    sample.main(["--embedding", str(folder / "a.bin"), "--export", "copy.safetensors"])
+    torch.save({"clip_l": rows, "clip_g": rows}, folder / "\x1b[31mb.pt")
+    sample.main(["--embedding", str(folder / "\x1b[31mb.pt"), "--token", "<b>", "--export", "b.safetensors"])
+    output = capsys.readouterr()
+    assert "\x1b" not in output.out + output.err and "?[31mat>" in output.out
+
+
+def test_scores_of_a_run_without_its_resolution_are_refused(learn, capsys):
+    folder = learn()
+    config = json.loads((folder / "config.json").read_text())
+    del config["resolution"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "--score" in sentence(sample.main, ["--score", "--embedding", str(folder)], capsys)
