@@ -303,11 +303,13 @@ def name_of_model(model):
     return str(Path(model).resolve()) if Path(model).exists() else str(model)
 
 
-def refuse_download(model):
+def refuse_download(model, revision=None, variant=None):
     """UserError if a model that a file names, and not the user, is not on this machine."""
     if not Path(model).exists():
         with suppress(Exception):  # no Hub id
-            if isinstance(huggingface_hub.try_to_load_from_cache(str(model), "unet/config.json"), str):
+            weights = f"diffusion_pytorch_model.{variant}.safetensors" if variant else "config.json"
+            cached = huggingface_hub.try_to_load_from_cache(str(model), f"unet/{weights}", revision=revision)
+            if isinstance(cached, str):
                 return
         raise UserError(f"the token was learned on {model!r}, not found here (was it moved?): name it with --model.")
 
@@ -594,6 +596,10 @@ def initial_rows(tokenizer, table, text, num_vectors, seed):
     One vector starts as their mean; several take one each, and repeat them with a little noise if there are fewer.
     """
     token_ids = initializer_ids(tokenizer, text)
+    if any(i >= len(table) for i in token_ids):
+        raise UserError(f"--initializer_token {text!r} holds the new token itself; choose a word such as cat.")
+    if not token_ids and not Path(text).exists():  # never from the Hub: a stranger's run may name it
+        raise UserError(f"--initializer_token {text}: no such file (was it moved?); name an embedding file or a word.")
     rows = table[token_ids].float() if token_ids else load_embedding(text, "<initializer>", table.shape[1]).rows
     rows = rows.to(table.device)
     if num_vectors == 1:

@@ -414,10 +414,10 @@ def run(args):
     metadata = {} if config or not sources else mu.load_embedding(sources[0], names[0] if names else None).metadata
     learned_on = config.get("model") or mu.model_of_name(metadata.get("base_model"))
     model, device = args.model or learned_on or mu.DEFAULT_MODEL, mu.choose_device(args.device)
-    if not args.model:
-        mu.refuse_download(model)
     from_run = {} if args.model else config  # another model has other files
     source = {name: getattr(args, name) or from_run.get(name) for name in ("revision", "variant")}
+    if not args.model:
+        mu.refuse_download(model, **source)
     dtype = mu.choose_dtype(args.precision, device)
     print(f"model      {mu.printable(model)}")
     components = mu.load_components(model, device, dtype, **source, embeddings=embeddings)

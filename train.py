@@ -395,6 +395,8 @@ class Run:
         self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", [], None
         self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
         self.lock = mu.lock_folder(self.folder) if rank == 0 else None
+        if rank == 0 and args.resume is None and not args.overwrite:
+            refuse_to_overwrite(self.folder)  # another run may have begun and ended since the options were read
         resumed = args.resume and (self.folder / "state.pt").exists()  # killed before its first save: anew
         if resumed:
             self.restore()
@@ -432,19 +434,22 @@ class Run:
         if state["model"] != self.model_fingerprint:
             raise UserError(f"--model {self.args.model}: this is not the model that {self.folder} began with.")
         try:
-            rows, moments = state["rows"], state["optimizer"]["state"].get(0, {})
-            numbers = [rows, *moments.values()]
-            if not all(value.shape in ((), self.learned_rows.shape) and value.isfinite().all() for value in numbers):
+            shape, rows, moments = self.learned_rows.shape, state["rows"], state["optimizer"]["state"].get(0, {})
+            shapes = {"step": (), "exp_avg": shape, "exp_avg_sq": shape} if moments else {}
+            if {name: tuple(value.shape) for name, value in moments.items()} != shapes or rows.shape != shape:
+                raise ValueError  # AdamW would write beyond their end
+            if not all(x.dtype == torch.float32 and x.isfinite().all() for x in [rows, *moments.values()]):
+                raise ValueError
+            if not all(type(x) in (int, float) and 0 <= x < 2**62 for x in state["scaler"].values()):
                 raise ValueError
             if state["token"] != self.args.placeholder_token:
                 raise ValueError
             self.learned_rows.data.copy_(rows)
-            groups = self.optimizer.state_dict()[
-                "param_groups"
-            ]  # hyperparameters are ours, the state comes from the file
-            self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+            moments = {name: value.clone(memory_format=torch.contiguous_format) for name, value in moments.items()}
+            groups = self.optimizer.state_dict()["param_groups"]  # hyperparameters do not come from the file
+            self.optimizer.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
             self.scaler.load_state_dict(state["scaler"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             what = f"{self.folder / 'state.pt'} is not of the run in config.json"
             raise UserError(f"--resume: {what}; start another run.") from error
         self.step, log = state["step"], self.folder / "log.jsonl"
@@ -784,7 +789,7 @@ def resumed_options(args, argv):
         raise UserError(f"{Path(folder, 'config.json')}: {error}; correct it or start another run.") from error
     args = build_parser().parse_args([*config_argv, *argv])
     if args.model == before.model:
-        mu.refuse_download(args.model)
+        mu.refuse_download(args.model, args.revision, args.variant)
     shown = f"{args.placeholder_token}, model {args.model}, images {args.images}"
     print(f"resuming   {mu.printable(folder)}: {mu.printable(shown)}")
     args.output_dir = folder

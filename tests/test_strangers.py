@@ -267,3 +267,74 @@ def test_scores_of_a_run_without_its_resolution_are_refused(learn, capsys):
     del config["resolution"]
     (folder / "config.json").write_text(json.dumps(config))
     assert "--score" in sentence(sample.main, ["--score", "--embedding", str(folder)], capsys)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("exp_avg", torch.tensor(1.0)),
+        ("exp_avg_sq", torch.ones(32)),
+        ("exp_avg", torch.ones(1, 32, dtype=torch.float64)),
+        ("step", torch.ones(1, 32)),
+        ("step", None),
+    ],
+)
+def test_moments_that_adamw_would_write_beyond_are_refused(learn, name, value, capsys):
+    folder = learn(steps=2)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    moments = state["optimizer"]["state"][0]
+    moments[name] = value
+    if value is None:
+        del moments[name]
+    torch.save(state, folder / "state.pt")
+    assert "state.pt" in sentence(train.main, ["--resume", str(folder), "--steps", "3"], capsys)
+
+
+def test_expanded_moments_are_copied_before_adamw_writes_them(learn):
+    folder = learn("--lr_scheduler", "constant", steps=2)
+    state = torch.load(folder / "state.pt", weights_only=True)
+    state["optimizer"]["state"][0]["exp_avg_sq"] = torch.ones(1, 1).expand(1, 32)
+    torch.save(state, folder / "state.pt")
+    train.main(["--resume", str(folder), "--steps", "4"])
+    moments = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"][0]["exp_avg_sq"]
+    assert moments.is_contiguous() and moments.unique().numel() > 1
+
+
+def test_a_run_that_ended_meanwhile_is_not_cleared(learn, monkeypatch):
+    lock = mu.lock_folder
+    folder = learn(steps=2, out="first")
+
+    def another_run_ends_first(path):
+        for file in ("state.pt", "config.json", "learned_embeds.safetensors"):
+            shutil.copy(folder / file, Path(path) / file)
+        return lock(path)
+
+    monkeypatch.setattr(mu, "lock_folder", another_run_ends_first)
+    with pytest.raises(mu.UserError, match="holds a run"):
+        learn(steps=1)
+    assert Path("run/state.pt").read_bytes() == (folder / "state.pt").read_bytes()
+
+
+def test_nothing_that_a_stranger_names_is_downloaded(learn, monkeypatch, capsys):
+    monkeypatch.setattr(mu.huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("asked the Hub"))
+    folder = learn(steps=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"initializer_token": "evil/x.pt"}))
+    assert "no such file" in sentence(train.main, ["--resume", str(folder)], capsys)
+    asked = []
+
+    def in_cache(model, file, revision=None):
+        asked.append((file, revision))
+        return "here" if revision is None and file == "unet/config.json" else None
+
+    monkeypatch.setattr(mu.huggingface_hub, "try_to_load_from_cache", in_cache)
+    for odd in ({"revision": "refs/pr/1"}, {"variant": "evil"}):
+        (folder / "config.json").write_text(json.dumps(config | {"model": "owner/tiny"} | odd))
+        for main, argv in ((sample.main, ["--embedding", str(folder)]), (train.main, ["--resume", str(folder)])):
+            assert "name it with --model" in sentence(main, argv, capsys)
+    assert asked
+
+
+def test_the_new_token_is_no_initializer_of_itself(learn):
+    with pytest.raises(mu.UserError, match="holds the new token itself"):
+        learn("--initializer_token", "a <kat>")
