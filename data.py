@@ -1,4 +1,4 @@
-"""Images and prompts: reading images, masks and captions, the latent cache, drawing the examples of a step."""
+"""Images and prompts: reading images, masks and captions, the latent cache, the random examples of a step."""
 
 import contextlib
 import io
@@ -38,9 +38,7 @@ STYLE_TEMPLATES = [f"{what} in the style of {{}}" for what in [
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 SUFFIXES |= {".heic", ".heif", ".hif"}
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]  # Pillow knows more, some of which start other programs
-MAX_PIXELS = (
-    250_000_000  # the largest phone photos have 200 million; a file that claims more is treated as a decompression bomb
-)
+MAX_PIXELS = 250_000_000  # the largest phone photos have 200 million; a file that claims more is a decompression bomb
 
 
 def list_images(folder):
@@ -234,6 +232,8 @@ def _own_captions(path, token):
 
 def _read_lines(path, option):
     try:
+        if not Path(path).is_file():  # a fifo would wait
+            raise OSError("it is no file")
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{option}: {str(path)!r} cannot be read ({error}); give a file of UTF-8 text.") from error

@@ -8,6 +8,7 @@ and back; embedding files; a model with its learned tokens.
 import argparse
 import base64
 import difflib
+import errno
 import gc
 import hashlib
 import io
@@ -17,10 +18,11 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +41,7 @@ from torch import nn
 DEFAULT_MODEL = str(Path(__file__).with_name("mini_sd"))
 
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}  # by embedding width
+EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
 MAX_VECTORS = 75  # CLIP reads 77 tokens, two of which mark start and end
 MAX_FILE_BYTES = 64 * 2**20  # an embedding is a few KB; whole checkpoints begin at hundreds of MB
 
@@ -59,11 +62,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are UserErrors, whose help shows defaults, and which expands ~."""
+    """Parser whose errors are UserErrors and whose help shows defaults."""
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
-        self.register("type", None, os.path.expanduser)  # of options without a type: a shell leaves --images=~/cat
 
     def error(self, message):
         raise UserError(message)
@@ -79,6 +81,13 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, self._option_string_actions, 1)
             self.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "; see --help."))
         return args
+
+
+def path(text):
+    """Type of an argparse option that names a file or folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: name a file or folder, or leave the option out")
+    return os.path.expanduser(text)  # a shell leaves --images=~/cat as it is
 
 
 def number(kind, low, high=math.inf):
@@ -101,22 +110,47 @@ def run_main(script, argv, memory_advice):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="replace")  # a console without the letters of a token shows '?'
     try:
-        script(sys.argv[1:] if argv is None else argv)
+        try:
+            script(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         message = str(error).lower()
         if isinstance(error, OSError) and error.filename is not None:  # no permission, a name that is too long
             error = f"{error.filename}: {error.strerror}; check the path and its permissions."
         elif isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
             error = f"out of memory: {memory_advice}."
+        elif isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):  # `| head`, a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left at its end
+            error = f"the output cannot be written ({error.strerror}); files that were saved are kept."
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            error = f"--compile: PyTorch cannot compile on this machine ({_reason(error)}); leave it out."
+            error = f"--compile: PyTorch cannot compile on this machine ({reason(error)}); leave it out."
         elif not isinstance(error, UserError):
             raise
-        print(f"error: {printable(error)}", file=sys.stderr)
+        print(f"error: {printable(error)[:2000]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def catch_ctrl_c():
+    """Yield a list that the first Ctrl-C fills, to be checked once per step; the second ends the program."""
+    pressed = []
+
+    def press(*_):
+        pressed.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    previous = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):  # only the main thread gets signals
+        signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, previous)
 
 
 def printable(text):
@@ -130,7 +164,7 @@ def quote(text):
     return for_sh if for_sh == text or re.search(r'["$`\\!]', text) else f'"{text}"'
 
 
-def _reason(error):
+def reason(error):
     """The first line of a library's message, which often has twenty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
@@ -170,12 +204,24 @@ def lock_folder(folder):
     with suppress(ImportError):
         import fcntl
 
-        file = os.fdopen(os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+        file = os.fdopen(os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", 0)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"--output_dir {folder} is in use by another run: name another folder.") from error
         return file
+
+
+def same_form(value, like):
+    """Whether what a file holds has the names, types and shapes of `like`, and finite numbers."""
+    if type(value) is not type(like):
+        return False
+    if isinstance(like, dict):
+        return value.keys() == like.keys() and all(same_form(value[name], like[name]) for name in like)
+    if isinstance(like, torch.Tensor):
+        kind = (value.shape, value.dtype, value.layout)
+        return kind == (like.shape, like.dtype, like.layout) and bool(value.isfinite().all())
+    return isinstance(like, str) or 0 <= value < 2**62
 
 
 def to_device(tensor, device):
@@ -186,7 +232,7 @@ def to_device(tensor, device):
 
 def join_processes(device):
     """Under torchrun, join the other processes of the run -> rank, number of processes; without it 0, 1."""
-    if "WORLD_SIZE" not in os.environ:
+    if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -208,8 +254,8 @@ def sum_over_processes(tensor):
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
-            reason = "another process of this run has ended"
-            raise UserError(f"{reason} ({_reason(error)}); what was saved is kept: continue with --resume.") from error
+            what = "another process of this run has ended"
+            raise UserError(f"{what} ({reason(error)}); what was saved is kept: continue with --resume.") from error
     return tensor
 
 
@@ -227,7 +273,7 @@ def read_json(path):
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({_reason(error)}): correct or remove it.") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): correct or remove it.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object: correct or remove it.")
     return content
@@ -328,6 +374,8 @@ def load_tokenizer(model, revision=None):
     if len(tokenizer) < 4:  # from an empty folder transformers makes a tokenizer of the special tokens alone
         why = "no vocabulary" if Path(model).is_dir() else "no such model there, or no connection"
         raise _unloadable(model, "tokenizer", why)
+    if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        raise _unloadable(model, "tokenizer", "it lacks a token for start, end or padding")
     config = Settings(_fetch("--model", model, "text_encoder/config.json", revision))
     if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int):
         raise _unloadable(model, "tokenizer", "it has tokens without a row in the text encoder's table")
@@ -390,7 +438,7 @@ def _load_part(part_class, part, model, **options):
         with warnings.catch_warnings(action="ignore"):  # deprecations inside the libraries are not the user's concern
             return part_class.from_pretrained(str(model), **options)
     except Exception as error:
-        raise _unloadable(model, part, _reason(error)) from error
+        raise _unloadable(model, part, reason(error)) from error
 
 
 def _other_layout(path, part):
@@ -423,13 +471,34 @@ def _fetch(option, name, filename, revision=None):
     try:
         return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
     except Exception as error:
-        why = _reason(error)
+        why = reason(error)
         raise UserError(f"{option} {name}: no such folder here, and no '{filename}' from the Hub ({why}).") from error
 
 
 def _refuse_missing(option, name):
     if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise UserError(f"{option} {name}: no such file or folder (was it moved?), and no Hub id such as 'owner/name'.")
+
+
+@torch.no_grad()
+def check_parts(model, vae=None, text_encoder=None, unet=None, latents=None):
+    """UserError if parts of a model fail or do not fit each other: encodes and decodes a small image, calls the UNet.
+
+    latents [1, 4, h, w]: for the UNet, if there is no VAE.
+    """
+    try:
+        if vae is not None:
+            side = 8 * vae_factor(vae)
+            latents = vae.encode(torch.zeros(1, 3, side, side, device=vae.device, dtype=vae.dtype)).latent_dist.mean
+            vae.decode(latents)
+        if unet is not None:
+            token_ids = torch.zeros(1, text_encoder.config.max_position_embeddings, dtype=torch.long)
+            text_embeddings = encode_tokens(text_encoder, token_ids).to(unet.dtype)
+            unet(latents[..., :16, :16].to(unet.device, unet.dtype), 0, text_embeddings)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"--model {model}: its parts do not fit ({reason(error)}); take another checkpoint.") from error
 
 
 def fingerprint(text_encoder, unet):
@@ -582,7 +651,7 @@ def example_token(name):
 
 def initializer_ids(tokenizer, text):
     """The token ids of an initializer, [] if it names an embedding file. UserError if it holds none or unknown ones."""
-    if Path(text).suffix in (".safetensors", ".bin", ".pt"):
+    if Path(text).suffix in EMBEDDING_SUFFIXES:
         return []
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not token_ids or set(token_ids) & set(tokenizer.all_special_ids):
@@ -600,8 +669,10 @@ def initial_rows(tokenizer, table, text, num_vectors, seed):
         raise UserError(f"--initializer_token {text!r} holds the new token itself; choose a word such as cat.")
     if not token_ids and not Path(text).exists():  # never from the Hub: a stranger's run may name it
         raise UserError(f"--initializer_token {text}: no such file (was it moved?); name an embedding file or a word.")
-    rows = table[token_ids].float() if token_ids else load_embedding(text, "<initializer>", table.shape[1]).rows
-    rows = rows.to(table.device)
+    if token_ids:
+        rows = table[token_ids].float()
+    else:
+        rows = load_embedding(text, "<initializer>", table.shape[1], "--initializer_token").rows.to(table.device)
     if num_vectors == 1:
         return rows.mean(dim=0, keepdim=True)
     noise = torch.randn(num_vectors, table.shape[1], generator=torch.Generator().manual_seed(seed)) * rows.std().cpu()
@@ -749,7 +820,7 @@ def atomic_write(path, write):
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        remedy = "make room there, close what holds it open, or choose another --output_dir"
+        remedy = "make room there, close what holds it open, or name another folder"
         raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}.") from error
 
 
@@ -779,67 +850,69 @@ def _save_pickle(content, buffer):
                 target.writestr(zipfile.ZipInfo(entry.filename), source.read(entry))
 
 
-def load_embedding(source, token=None, dim=None):
+def load_embedding(source, token=None, dim=None, option="--embedding"):
     """Read any embedding file there is -> Embedding. `source`: a file, a folder that holds one, or a Hub id.
 
     Known: diffusers and concept library (one key), A1111, also in a PNG, and the paper's code (string_to_param), kohya,
     InvokeAI and OneTrainer (emb_params, emp_params), SDXL pairs (clip_l is taken), a bare tensor. Nothing in a file can
-    run code. token gives or changes the name, or chooses one of several; dim is the width that the model wants.
-    UserError says what is wrong.
+    run code. token gives or changes the name, or chooses one of several; dim is the width that the model wants;
+    option is the one that names the source. UserError says what is wrong.
     """
-    path = _find_embedding_file(source)
-    content, metadata = _read_tensors(path)
-    name, rows = _name_and_rows(content, path, token)
+    path = _find_embedding_file(source, option)
+    what = f"{option} {path}"
+    content, metadata = _read_tensors(path, what)
+    name, rows = _name_and_rows(content, what, token)
     token = token or name
-    if not isinstance(token, str) or token == "*":
-        raise UserError(f"--embedding {path} does not name its token; give it one: --token {example_token(path.stem)}.")
+    if not isinstance(token, str) or not token.isprintable() or token in ("", "*"):
+        raise UserError(f"{what} does not name its token; give it one: --token {example_token(path.stem)}.")
     shape, is_plain = list(rows.shape), rows.layout == torch.strided and rows.device.type == "cpu"
     if not is_plain or not rows.is_floating_point() or len(shape) not in (1, 2) or 0 in shape:
-        raise UserError(f"--embedding {path} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
+        raise UserError(f"{what} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
     if len(shape) == 2 and shape[0] > MAX_VECTORS:
-        raise UserError(f"--embedding {path} holds {shape[0]} vectors; a prompt has room for {MAX_VECTORS}.")
+        raise UserError(f"{what} holds {shape[0]} vectors; a prompt has room for {MAX_VECTORS}.")
     if rows.numel() * rows.element_size() > rows.untyped_storage().nbytes():
-        raise UserError(f"--embedding {path} claims {shape} numbers, and holds fewer: nothing in it was used.")
+        raise UserError(f"{what} claims {shape} numbers, and holds fewer: nothing in it was used.")
     if dim is not None and shape[-1] != dim:
         theirs, ours = (f"{width} ({FAMILIES.get(width, 'no common model')})" for width in (shape[-1], dim))
-        raise UserError(f"--embedding {path} has rows of width {theirs}, the model wants {ours}; use another --model.")
+        raise UserError(f"{what} has rows of width {theirs}, the model wants {ours}; use another --model.")
     rows = rows.detach().to(torch.float32, copy=True).reshape(-1, shape[-1])  # [n, dim]
     if not rows.isfinite().all():
-        raise UserError(f"--embedding {path} holds NaN or infinite numbers: its training failed; take another file.")
+        raise UserError(f"{what} holds NaN or infinite numbers: its training failed; take another file.")
     return Embedding(token, rows, metadata)
 
 
-def _find_embedding_file(source):
-    _refuse_missing("--embedding", source)
+def _find_embedding_file(source, option):
+    _refuse_missing(option, source)
     if Path(source).is_file():
         return Path(source)
     if not Path(source).is_dir():
         with suppress(UserError):
-            return _fetch("--embedding", source, "learned_embeds.safetensors")
-        return _fetch("--embedding", source, "learned_embeds.bin")
+            return _fetch(option, source, "learned_embeds.safetensors")
+        return _fetch(option, source, "learned_embeds.bin")
     for pattern in ("learned_embeds.safetensors", "learned_embeds.bin", "*.safetensors", "*.bin", "*.pt"):
-        if len(found := [path for path in Path(source).glob(pattern) if path.is_file()]) == 1:
+        found = [path for path in Path(source).glob(pattern) if path.is_file()]
+        if len(found) == 1:
             return found[0]
-    raise UserError(f"--embedding {source}: the folder holds no learned_embeds.safetensors; name the file itself.")
+    raise UserError(f"{option} {source}: the folder holds no learned_embeds.safetensors; name the file itself.")
 
 
-def _read_tensors(path):
+def _read_tensors(path, what):
     """-> what the file holds (dict or tensor), its metadata. The first bytes, not the name, tell its kind."""
     try:
         size = path.stat().st_size
         data = path.read_bytes() if size <= MAX_FILE_BYTES else b""
     except OSError as error:
-        raise UserError(f"--embedding {path} cannot be read ({error.strerror}).") from error
+        raise UserError(f"{what} cannot be read ({error.strerror}).") from error
     unpacked, start = size, data[:512].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"--embedding {path} is a git-lfs pointer, not the file itself: run 'git lfs pull' there.")
+        raise UserError(f"{what} is a git-lfs pointer, not the file itself: run 'git lfs pull' there.")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"--embedding {path} is a web page (HTML), not an embedding; use the page's download link.")
+        raise UserError(f"{what} is a web page (HTML), not an embedding; use the page's download link.")
     try:
         if data.startswith(b"PK"):
             unpacked = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(data)).infolist())
         if unpacked > MAX_FILE_BYTES:
-            raise UserError(f"--embedding {path} has {unpacked >> 20} MB, an embedding a few KB: a checkpoint or LoRA?")
+            raise UserError(f"{what} has {unpacked >> 20} MB, an embedding a few KB: a checkpoint or LoRA?")
         if data[8:9] == b"{":  # safetensors: 8 bytes of length, a JSON header, the numbers
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             return safetensors.torch.load(data), header.get("__metadata__") or {}
@@ -857,8 +930,8 @@ def _read_tensors(path):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"--embedding {path} is damaged or holds more than numbers; nothing in it was run.") from error
-    raise UserError(f"--embedding {path} is no embedding file; it has {size} bytes and begins with {data[:8]!r}.")
+        raise UserError(f"{what} is damaged or holds more than numbers; nothing in it was run.") from error
+    raise UserError(f"{what} is no embedding file; it has {size} bytes and begins with {data[:8]!r}.")
 
 
 def _json_tensor(entry):
@@ -866,28 +939,29 @@ def _json_tensor(entry):
     return torch.tensor(entry["TORCHTENSOR"], dtype=torch.float32) if "TORCHTENSOR" in entry else entry
 
 
-def _name_and_rows(content, path, token):
+def _name_and_rows(content, what, token):
     """What a file holds -> its token ('*' if it names none), its rows. `token` chooses one of several."""
     if isinstance(content, torch.Tensor):
         return "*", content
     name = None
     if isinstance(content, dict) and "string_to_param" in content:  # A1111; the paper's code has no name
-        name, params = content.get("name"), content["string_to_param"]
+        name = content["name"] if isinstance(content.get("name"), str) else None
+        params = content["string_to_param"]
         content = getattr(params, "_parameters", params)  # of a ParameterDict
     content = content if isinstance(content, dict) else {}
     for key in ("clip_l", "emb_params", "emp_params"):
         if key in content:
             if "clip_g" in content:
-                what = "is for SDXL; taken: clip_l, the half for Stable Diffusion 1"
-                print(f"note: {printable(path)} {what}", file=sys.stderr)
+                half = "clip_l, the half for Stable Diffusion 1"
+                print(f"note: {printable(what)} is for SDXL; taken: {half}", file=sys.stderr)
             content = {"*": content[key]}
     if len(content) > 1 and token in content:
         name, content = token, {token: content[token]}
     if len(content) != 1 or not isinstance(next(iter(content.values())), torch.Tensor):
         if any(re.search("lora[_.]", str(key)) for key in content):
-            raise UserError(f"--embedding {path} is a LoRA, which changes the model's weights; name an embedding.")
-        what = f"it holds {list(content)[:6]}; of several tokens choose one with --token"
-        raise UserError(f"--embedding {path} is no embedding of one token; {what}.")
+            raise UserError(f"{what} is a LoRA, which changes the model's weights; name an embedding.")
+        found = f"it holds {list(content)[:6]}; of several tokens choose one with --token"
+        raise UserError(f"{what} is no embedding of one token; {found}.")
     ((key, rows),) = content.items()
     return name or ("*" if key == "clip_g" else key), rows
 
@@ -926,4 +1000,5 @@ def load_components(model, device="cpu", dtype=torch.float32, revision=None, var
         install_learned_rows(text_encoder, sum(placeholders.values(), []), torch.cat(rows))
     vae = load_vae(model, device, torch.float32, **files)  # in half precision some VAEs overflow
     unet, schedule = load_unet(model, device, dtype, **files), load_schedule(model, revision)
+    check_parts(model, vae, text_encoder, unet)
     return Components(tokenizer, text_encoder, vae, unet, schedule, placeholders)

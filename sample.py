@@ -18,7 +18,6 @@ import json
 import math
 import re
 import textwrap
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,12 +255,17 @@ def load_clip(model, score_model=None, device="cpu"):
     except UserError:
         raise
     except Exception as error:
-        why = mu._reason(error)
+        why = mu.reason(error)
         raise UserError(f"--score_model {name} cannot be loaded ({why}): name a CLIP's folder or Hub id.") from error
     size = settings.entries.get("crop_size")
     settings.entries["crop_size"] = size.get("height") if isinstance(size, dict) else size  # old files: a number
     mean, std = settings.numbers("image_mean", 3, 0, 1), settings.numbers("image_std", 3, 1e-3, 1)
-    return Clip(clip, tokenizer, settings.get("crop_size", None, int, 1, 10_000), mean, std, name)
+    size = settings.get("crop_size", None, int, 1, 10_000)
+    if size != clip.config.vision_config.image_size:
+        raise UserError(
+            f"{settings.path}: 'crop_size' is {size}, but its CLIP takes another; take another --score_model."
+        )
+    return Clip(clip, tokenizer, size, mean, std, name)
 
 
 @torch.no_grad()
@@ -295,13 +299,8 @@ def score_embedding(
     known, targets = embed(clip, training_images, without_token)  # [N, dim], [P, dim]
     pairs = known @ known.T  # the training images with each other, for comparison
     with_each_other = (pairs.sum() - pairs.trace()).item() / max(1, pairs.numel() - len(pairs))
-    scores = {
-        "clip": clip.name,
-        "num_images": num_images,
-        "seed": seed,
-        **generation,
-        "training_images": with_each_other,
-    }
+    scores = {"clip": clip.name, "num_images": num_images, "seed": seed, **generation}
+    scores["training_images"] = with_each_other
     scores["tokens"] = {}
     for token in tokens:
         images = list(generate(components, [prompt.format(token) for prompt in prompts], seeds, **generation))
@@ -334,9 +333,11 @@ def build_parser():
     parser = mu.Parser("Generate images with a learned token.")
     add, count = parser.add_argument, mu.number(int, 1, 2**31 - 1)
     # fmt: off
-    add("--embedding", action="append", help="file, run folder or Hub id; repeatable (default: newest run in runs/)")
+    add("--embedding", type=mu.path, action="append",
+        help="file, run folder or Hub id; repeatable (default: newest run in runs/)")
     add("--token", action="append", help="another name for the token of each --embedding, in their order")
-    add("--export", metavar="FILE", help="only write the embedding to this new file: .safetensors, .pt or .bin")
+    add("--export", type=mu.path, metavar="FILE",
+        help="only write the embedding to this new file: .safetensors, .pt or .bin")
     add("--prompt", action="append", help="repeatable (default: a photo of each token)")
     add("--negative_prompt", help="what the images should not show")
     add("--num_images", type=count, help="images per prompt (default: 4; with --score 64)")
@@ -345,24 +346,26 @@ def build_parser():
     add("--guidance", "--guidance_scale", type=mu.number(float, -1e6, 1e6),
         help="scale of classifier-free guidance (default: 7.5, or the model's own)")
     add("--seed", type=mu.number(int, 0, 2**63 - 1), default=0, help="of the first image; the next ones count up")
-    add("--height", type=count, help="in pixels (default: the model's own)")
-    add("--width", type=count, help="in pixels (default: the model's own)")
+    add("--height", type=mu.number(int, 1, 8192), help="in pixels (default: the model's own)")
+    add("--width", type=mu.number(int, 1, 8192), help="in pixels (default: the model's own)")
     add("--batch_size", type=count, help="images generated at a time; does not change them (default: 4)")
-    add("--output_dir", "--out", help="folder for the images (default: samples/ in the run's folder)")
-    add("--model", "--pretrained_model_name_or_path", help="folder or Hub id (default: what the token was learned on)")
+    add("--output_dir", "--out", type=mu.path, help="folder for the images (default: samples/ in the run's folder)")
+    add("--model", "--pretrained_model_name_or_path", type=mu.path,
+        help="folder or Hub id (default: what the token was learned on)")
     add("--revision", help="revision of a Hub id (default: the run's)")
     add("--variant", help="variant of the weight files, such as fp16 (default: the run's)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="device to generate on")
     add("--precision", default="auto", choices=["auto", "no", "fp32", "fp16", "bf16"], help="precision of the UNet")
     add("--score", action="store_true", help="compute the CLIP scores of a run's token: scores.json in its folder")
-    add("--score_model", help=f"CLIP, folder or Hub id (default: clip/ of the model, else {DEFAULT_SCORE_MODEL})")
+    add("--score_model", type=mu.path,
+        help=f"CLIP, folder or Hub id (default: clip/ of the model, else {DEFAULT_SCORE_MODEL})")
     # fmt: on
     return parser
 
 
 def export(path, embeddings):
     """Write a copy of the one embedding of {source: token or None} to `path`, which other programs call it by."""
-    if Path(path).suffix not in (".safetensors", ".pt", ".bin") or Path(path).exists() or len(embeddings) != 1:
+    if Path(path).suffix not in mu.EMBEDDING_SUFFIXES or Path(path).exists() or len(embeddings) != 1:
         raise UserError(f"--export {path}: one --embedding and the name of a new .safetensors, .pt or .bin are needed.")
     ((source, token),) = embeddings.items()
     embedding = mu.load_embedding(source, token)
@@ -462,22 +465,28 @@ def run(args):
     for prompt, seed, image in zip(
         each_prompt, seeds, generate(components, each_prompt, seeds, **settings), strict=True
     ):
-        save_png(image, claim_path(out, ""), {"prompt": prompt, "seed": seed, **stored})
+        save_next(image, out, "", {"prompt": prompt, "seed": seed, **stored})
         images.append(image)
     if len(images) > 1:
         grid = image_grid(images, count if len(prompts) > 1 else math.ceil(count**0.5), prompts)
-        save_png(grid, claim_path(out, "grid"), {"prompt": prompts, "seed": args.seed, **stored})
+        save_next(grid, out, "grid", {"prompt": prompts, "seed": args.seed, **stored})
     print(f"{len(images)} images in {out}")
 
 
-def claim_path(folder, stem):
-    """The next free path in a folder, taken at once: 0000.png, 0001.png, ..., or stem.png, stem2.png, ..."""
+def save_next(image, folder, stem, settings):
+    """Save an image under the next free name of a folder: 0000.png, 0001.png, ..., or stem.png, stem2.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in itertools.count(0):
         path = folder / (f"{stem}{i + 1 if i else ''}.png" if stem else f"{i:04d}.png")
-        with suppress(FileExistsError):
-            path.touch(exist_ok=False)  # another process that generates here skips it
-            return path
+        try:
+            path.touch(exist_ok=False)  # taken: another process that generates here skips it
+        except FileExistsError:
+            continue
+        try:
+            return save_png(image, path, settings)
+        except BaseException:
+            path.unlink()  # nothing of 0 bytes stays
+            raise
 
 
 def main(argv=None):

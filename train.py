@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import json
 import math
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +106,7 @@ class Batch(NamedTuple):
 def load_dataset(args, tokenizer, placeholders, device):
     """Encode images and captions once. The VAE is freed afterwards. Sets args.resolution if it is not given."""
     vae = mu.load_vae(args.model, device, revision=args.revision, variant=args.variant)
+    mu.check_parts(args.model, vae)
     factor = mu.vae_factor(vae)
     args.resolution = args.resolution or min(mu.native_size(mu.read_unet_config(args.model, args.revision), vae))
     if args.resolution % factor:
@@ -203,20 +204,23 @@ def has_converged(eval_losses, window=15, fraction=0.15):
 
 def announce(run, device, vocabulary_rms):
     """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
-    args, step = run.args, f"from step {run.step} to" if run.step else ""
-    rates, images = [learning_rate(step, args) for step in range(args.steps)], args.batch_size * args.grad_accum
-    what = f"{step} {args.steps} steps of {images}, learning rate {max(rates):.2g} ({args.lr_scheduler})".strip()
-    how = f"{args.timestep_sampling} timesteps, {args.precision} on {device}"
-    name = mu.printable(Path(args.model).name)
-    print(f"training   {args.placeholder_token} on {name}: {run.dataset.summary}, {what}, {how}")
+    args, step = run.args, f"from step {run.step} to " if run.step else ""
+    rates = learning_rates(args)
+    what = f"{step}{args.steps} steps of {args.batch_size * args.grad_accum}"
+    what += f", learning rate {max(rates):.2g} ({args.lr_scheduler}), {args.timestep_sampling} timesteps"
+    concept = f"{args.placeholder_token} on {Path(args.model).name}: {run.dataset.summary}"
+    print(mu.printable(f"training   {concept}, {what}, {args.precision} on {device}"))
     recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
     recipe.lr = recipe.lr or vocabulary_rms
-    usual = sum(learning_rate(step, recipe) for step in range(recipe.steps))
-    if args.steps >= 50 and not 0.4 < sum(rates) / usual < 2.5:
-        sums = f"the learning rates add up to {sum(rates):.2g} and {usual:.2g}"
-        print(
-            f"note: --steps and --lr are far from --recipe {args.recipe} ({sums}): it may learn too little or too much"
-        )
+    total, usual = args.steps * np.mean(rates), recipe.steps * np.mean(learning_rates(recipe))
+    if args.steps >= 50 and not 0.4 < total / usual < 2.5:
+        sums = f"the learning rates add up to {total:.2g} and {usual:.2g}"
+        print(f"note: --steps and --lr are far from --recipe {args.recipe} ({sums}): may learn too little or too much")
+
+
+def learning_rates(args):
+    """Those of all steps, or of 10,000 of them."""
+    return [learning_rate(step, args) for step in range(0, args.steps, max(1, args.steps // 10_000))]
 
 
 def describe_rows(learned_rows, init_rows, table, tokenizer):
@@ -246,25 +250,6 @@ def preview(components, run):
         print(f"warning: no preview of step {run.step} ({error})", file=sys.stderr)
 
 
-@contextmanager
-def catch_ctrl_c():
-    """Yield a list that the first Ctrl-C fills, to be checked once per step; the second ends the program."""
-    pressed = []
-
-    def press(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    previous = signal.getsignal(signal.SIGINT)
-    with suppress(ValueError):  # only the main thread gets signals
-        signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGINT, previous)
-
-
 def train(args):
     """Learn the token -> the run's folder. UserError if it cannot be done; SystemExit (130) after Ctrl-C."""
     # 1. The data, and the frozen model with new rows, which start as the initializer token's
@@ -284,6 +269,7 @@ def train(args):
     unet = mu.load_unet(args.model, device, dtype, args.revision, args.variant)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    mu.check_parts(args.model, None, text_encoder, unet, dataset.cache.mean[:1, 0])
     table = text_encoder.get_input_embeddings().weight  # [V, dim]
     vocabulary_rms = table.float().square().mean().sqrt().item()
     if not 0 < vocabulary_rms < math.inf:
@@ -296,6 +282,8 @@ def train(args):
 
     # 2. The optimizer, and the run's folder, which restores what learns if it is resumed
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no sync with CUDA
+    moments = {name: torch.zeros_like(learned_rows) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[learned_rows] = {"step": torch.zeros((), device=device), **moments}  # as AdamW's first step does
     # fp16 gradients are scaled up so that they do not vanish; else the scale is 1 and only infinite ones are skipped
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
@@ -313,7 +301,7 @@ def train(args):
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None)  # None: if no terminal
     start, finished, stopped = run.step, run.step >= args.steps or run.has_converged(), False
-    with catch_ctrl_c() as interrupted, bar:
+    with mu.catch_ctrl_c() as interrupted, bar:
         while not finished:
             batch = draw_batch(dataset, total, schedule, run.step, args).strided(rank, processes)
             losses, size = backward_within_memory(training, batch, total, size, scaler, learned_rows)  # [B]
@@ -395,7 +383,7 @@ class Run:
         self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", [], None
         self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
         self.lock = mu.lock_folder(self.folder) if rank == 0 else None
-        if rank == 0 and args.resume is None and not args.overwrite:
+        if rank == 0 and not args.resume and not args.overwrite:
             refuse_to_overwrite(self.folder)  # another run may have begun and ended since the options were read
         resumed = args.resume and (self.folder / "state.pt").exists()  # killed before its first save: anew
         if resumed:
@@ -425,33 +413,38 @@ class Run:
         for path in [*(self.folder / name for name in RUN_FILES), *events]:
             path.unlink(missing_ok=True)
 
+    def checkpoint(self):
+        """What state.pt holds (a few KB): what learns, the number of steps done, and what it belongs to."""
+        moments = self.optimizer.state[self.learned_rows]
+        tensors = {"rows": self.learned_rows.data, **{f"adamw_{name}": moments[name] for name in moments}}
+        belongs_to = {"token": self.args.placeholder_token, "images": self.dataset.fingerprint}
+        belongs_to["model"] = self.model_fingerprint
+        return {"step": self.step, "scaler": self.scaler.state_dict(), **tensors, **belongs_to}
+
     def restore(self):
-        """Load the checkpoint, and the log up to its step. UserError if it is of another run."""
-        state = load_state(self.folder)
-        if state["images"] != self.dataset.fingerprint:
+        """Load the checkpoint, and log and previews up to its step. UserError if it is damaged or of another run."""
+        path, own = self.folder / "state.pt", self.checkpoint()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not mu.same_form(state, own):
+                raise ValueError
+        except OSError:  # not readable: run_main says why
+            raise
+        except Exception as error:
+            raise UserError(
+                f"--resume: {path} is damaged or of another kind of run; start anew with --overwrite."
+            ) from error
+        if state["images"] != own["images"]:
             what = f"--images {self.args.images}: these are not the images, masks or captions"
             raise UserError(f"{what} that {self.folder} began with.")
-        if state["model"] != self.model_fingerprint:
+        if state["model"] != own["model"]:
             raise UserError(f"--model {self.args.model}: this is not the model that {self.folder} began with.")
-        try:
-            shape, rows, moments = self.learned_rows.shape, state["rows"], state["optimizer"]["state"].get(0, {})
-            shapes = {"step": (), "exp_avg": shape, "exp_avg_sq": shape} if moments else {}
-            if {name: tuple(value.shape) for name, value in moments.items()} != shapes or rows.shape != shape:
-                raise ValueError  # AdamW would write beyond their end
-            if not all(x.dtype == torch.float32 and x.isfinite().all() for x in [rows, *moments.values()]):
-                raise ValueError
-            if not all(type(x) in (int, float) and 0 <= x < 2**62 for x in state["scaler"].values()):
-                raise ValueError
-            if state["token"] != self.args.placeholder_token:
-                raise ValueError
-            self.learned_rows.data.copy_(rows)
-            moments = {name: value.clone(memory_format=torch.contiguous_format) for name, value in moments.items()}
-            groups = self.optimizer.state_dict()["param_groups"]  # hyperparameters do not come from the file
-            self.optimizer.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
-            self.scaler.load_state_dict(state["scaler"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-            what = f"{self.folder / 'state.pt'} is not of the run in config.json"
-            raise UserError(f"--resume: {what}; start another run.") from error
+        if state["token"] != own["token"]:
+            raise UserError(f"--resume: {path} is not of the run in config.json; start another run.")
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(state[name])
+        self.scaler.load_state_dict(state["scaler"])
         self.step, log = state["step"], self.folder / "log.jsonl"
         for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
             with suppress(ValueError, TypeError, KeyError, AttributeError):  # an incomplete or foreign line
@@ -467,7 +460,7 @@ class Run:
             raise UserError(f"--lr {self.args.lr}: the embedding is not finite any more; try a lower one.")
 
     def save(self, last=True):
-        """Write the checkpoint (a few KB: rows, optimizer, scaler, step), then the embedding.
+        """Write the checkpoint, then the embedding.
 
         UserError if that fails at the last save of a run; before it another follows.
         """
@@ -476,11 +469,8 @@ class Run:
             return
         token, base_model = self.args.placeholder_token, mu.name_of_model(self.args.model)
         base_model = Path(base_model).name if Path(self.args.model).exists() else base_model  # no folders of one's own
-        state = {"token": token, "rows": self.learned_rows.detach().cpu(), "optimizer": self.optimizer.state_dict()}
-        state |= {"scaler": self.scaler.state_dict(), "step": self.step}
-        state |= {"images": self.dataset.fingerprint, "model": self.model_fingerprint}
         try:
-            mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(state, buffer))
+            mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(self.checkpoint(), buffer))
             for name in EMBEDDING_FILES if self.args.save_bin else EMBEDDING_FILES[:1]:
                 mu.save_embedding(self.folder / name, token, self.learned_rows, base_model)
         except UserError as error:  # a full disk; on Windows also a file that another program holds open
@@ -516,7 +506,7 @@ class Run:
 
     def skipped_steps(self):
         """How many steps the optimizer has skipped, of all."""
-        return self.step - int(self.optimizer.state[self.learned_rows]["step"] if self.optimizer.state else 0)
+        return self.step - int(self.optimizer.state[self.learned_rows]["step"])
 
     def has_converged(self):
         rows = [row for row in self.log_rows if row["step"] % self.args.log_steps == 0]  # evenly spaced
@@ -581,24 +571,6 @@ def claim_folder(args):
         return folder
 
 
-def load_state(folder):
-    """The checkpoint of a run. UserError if there is none or it is damaged."""
-    path = Path(folder, "state.pt")
-    if not path.is_file():
-        raise UserError(f"--resume: there is no checkpoint {path}; name the folder of a run.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        kinds = {"token": str, "images": str, "model": str, "step": int, "rows": torch.Tensor}
-        kinds |= {"optimizer": dict, "scaler": dict}
-        if not all(isinstance(state[name], kind) for name, kind in kinds.items()) or state["step"] < 0:
-            raise ValueError
-        return state
-    except OSError:  # not readable: run_main says why
-        raise
-    except Exception as error:
-        raise UserError(f"--resume: the checkpoint {path} is damaged; start anew with --overwrite.") from error
-
-
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 # Two sets of defaults; an option that is given overrides its entry. The bundled model's folder names "fast", which was
@@ -615,18 +587,12 @@ RECIPES = {
 }  # fmt: skip
 
 # What may change when a run is resumed; anything else would change its course. More --steps stretch a decaying rate.
-FREE_TO_CHANGE = {"steps", "save_steps", "log_steps", "preview_steps", "preview_prompt", "save_bin", "score", "device"}
-FREE_TO_CHANGE |= {
-    "output_dir",
-    "gradient_checkpointing",
-    "compile",
-    "early_stop",
-    "tensorboard",
-    "num_validation_images",
-}
-# Files may have moved: the images, masks, captions and weights themselves are compared.
-FREE_TO_CHANGE |= {"images", "masks", "templates", "model"}
-NOT_STORED = {"resume", "overwrite", "num_train_epochs", "repeats", "report_to", "no_effect"}
+# Of the files, which may have moved, the contents are compared: images, masks, captions, weights.
+FREE_TO_CHANGE = set(
+    """steps save_steps log_steps preview_steps preview_prompt num_validation_images save_bin score
+tensorboard early_stop compile gradient_checkpointing device output_dir images masks templates model""".split()
+)
+NOT_STORED = set("resume overwrite num_train_epochs repeats report_to no_effect".split())
 
 # Options of diffusers' script that change nothing here: accepted, and named in one line.
 NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf32 --use_8bit_adam --tokenizer_name
@@ -642,17 +608,19 @@ def build_parser():
     parser = mu.Parser("Teach a frozen Stable Diffusion a new token from a few images (textual inversion).")
     add = parser.add_argument_group("model and concept").add_argument
     # fmt: off
-    add("--model", "--pretrained_model_name_or_path", default=mu.DEFAULT_MODEL,
+    add("--model", "--pretrained_model_name_or_path", type=mu.path, default=mu.DEFAULT_MODEL,
         help="folder or Hub id (default: the bundled mini_sd)")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--images", "--train_data_dir", help="folder of training images, 3 to 9 are usual, or one image; transparent "
-        "parts do not count (default: the bundled kat)")
-    add("--masks", help="folder of masks with the names of the images: white parts count, black ones do not")
-    add("--templates", help="file of captions, one a line, with {} for the token (default: built-in ones, or for "
-        "NAME.jpg the lines of NAME.txt beside it, where the token is put in front if there is no {})")
+    add("--images", "--train_data_dir", type=mu.path, help="folder of training images, 3 to 9 are usual, or one image; "
+        "transparent parts do not count (default: the bundled kat)")
+    add("--masks", type=mu.path, help="folder of masks with the names of the images: white parts count, black ones do "
+        "not")
+    add("--templates", type=mu.path, help="file of captions, one a line, with {} for the token (default: built-in "
+        "ones, or for NAME.jpg the lines of NAME.txt beside it, where the token is put in front if there is no {})")
     add("--placeholder_token", default="<kat>", help="the new token")
-    add("--initializer_token", help="word (or embedding file) that the new token starts as (default: cat, for the kat)")
+    add("--initializer_token", type=mu.path,
+        help="word (or embedding file) that the new token starts as (default: cat, for the kat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
     add("--num_vectors", type=mu.number(int, 1, mu.MAX_VECTORS), default=1, help="embedding vectors of the token")
     add("--resolution", type=mu.number(int, 1, 8192), help="size of the training images (default: the model's own)")
@@ -680,9 +648,10 @@ def build_parser():
     add("--gradient_checkpointing", action=FLAG, default=False, help="save memory, with a slower backward pass")
     add("--compile", action=FLAG, default=False, help="compile the UNet: minutes for the first step, then faster ones")
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", "--out", help="folder of the run (default: the next free of runs/TOKEN, runs/TOKEN-2, ...)")
+    add("--output_dir", "--out", type=mu.path,
+        help="folder of the run (default: the next free of runs/TOKEN, runs/TOKEN-2, ...)")
     add("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
-    add("--resume", "--resume_from_checkpoint", nargs="?", const="latest", metavar="FOLDER",
+    add("--resume", "--resume_from_checkpoint", type=mu.path, nargs="?", const="latest", metavar="FOLDER",
         help="continue the run in this folder, in --output_dir, or the newest one")
     add("--save_steps", "--checkpointing_steps", type=COUNT, default=100, help="steps between checkpoints")
     add("--save_bin", action=FLAG, default=False, help="also write learned_embeds.bin")
@@ -711,9 +680,9 @@ def parse_options(argv):
     UserError if they do not fit together or would overwrite something.
     """
     args = build_parser().parse_args(argv)
-    if args.resume is not None and args.overwrite:
+    if args.resume and args.overwrite:
         raise UserError("--resume continues a run, --overwrite starts it anew: choose one.")
-    if args.resume is not None:
+    if args.resume:
         args = resumed_options(args, argv)
     elif args.output_dir and not args.overwrite:
         refuse_to_overwrite(args.output_dir)
@@ -726,9 +695,9 @@ def parse_options(argv):
         print(f"{note}, such as CompVis/stable-diffusion-v1-4", file=sys.stderr)
     args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
-    if (file := Path(args.initializer_token)).suffix and file.is_file():  # an embedding, found from any folder
-        args.initializer_token = str(file.resolve())
-    if args.resume is None and args.output_dir:
+    if Path(args.initializer_token).suffix in mu.EMBEDDING_SUFFIXES:  # a file, to be found from any folder
+        args.initializer_token = str(Path(args.initializer_token).resolve())
+    if args.output_dir and not args.resume:
         folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
         if images in [folder, *folder.parents]:
             why = f"is in --images {args.images}: its images would be trained on next time"
@@ -746,7 +715,7 @@ def parse_options(argv):
     elif args.report_to not in (None, "none"):
         args.no_effect = [*(args.no_effect or []), f"--report_to {args.report_to}"]
     if args.no_effect:
-        print(f"note: without effect here: {', '.join(args.no_effect)}", file=sys.stderr)
+        print(mu.printable(f"note: without effect here: {', '.join(args.no_effect)}"), file=sys.stderr)
     if args.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
@@ -761,8 +730,6 @@ def parse_options(argv):
 def resumed_options(args, argv):
     """The options of the run's config.json, followed by those of the command line. UserError if its course changes."""
     folder = args.output_dir or args.resume
-    if folder == "":
-        raise UserError("--resume names no folder: leave the name out, or name a run's folder.")
     if folder == "latest":
         named = any(word.startswith("--placeholder_token") for word in argv)
         runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
@@ -772,17 +739,17 @@ def resumed_options(args, argv):
             raise UserError("--resume: there is no such run in runs/; name its folder with --output_dir.")
         folder = str(runs[-1])
     config = mu.read_config(folder)
-    if not config or Path(folder, EMBEDDING_FILES[0]).exists():
-        load_state(folder)
+    if not Path(folder, "state.pt").is_file() and (not config or Path(folder, EMBEDDING_FILES[0]).exists()):
+        raise UserError(f"--resume: there is no checkpoint {Path(folder, 'state.pt')}; name the folder of a run.")
     if not config:
         raise UserError(f"--resume: {folder} has no config.json with the options it began with; start another run.")
     config_argv = []
     for action in build_parser()._actions:
-        value, name = config.get(action.dest), action.option_strings[0]
+        value = config.get(action.dest) if action.dest in args else None  # --help is not
         if action.nargs == 0:  # a flag
             config_argv += [s for s in action.option_strings if s.startswith("--no-") != bool(value)][:1]
         elif value is not None:
-            config_argv.append(f"{name}={value}")
+            config_argv.append(f"{action.option_strings[0]}={value}")
     try:
         before = build_parser().parse_args(config_argv)
     except UserError as error:

@@ -347,7 +347,7 @@ def test_a_write_that_fails_leaves_the_old_file(function, code, named, tmp_path,
     save_embedding(path, "<kat>", ONE, "owner/model")
     with monkeypatch.context() as patch:
         patch.setattr(os, function, fail_with(code))
-        with pytest.raises(UserError, match=f"learned_embeds.safetensors .{named}.*--output_dir"):
+        with pytest.raises(UserError, match=f"learned_embeds.safetensors .{named}.*name another folder"):
             save_embedding(path, "<kat>", THREE, "owner/model")
     assert torch.equal(load_embedding(path).rows, ONE) and list(tmp_path.iterdir()) == [path]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 
 import model_utils as mu
 import sample
@@ -104,7 +106,7 @@ def test_two_samplings_in_one_folder_lose_no_image(tmp_path):
     script = (
         "import sample, sys\nfrom pathlib import Path\nfrom PIL import Image\n"
         "for i in range(40):\n"
-        "    sample.save_png(Image.new('RGB', (4, 4)), sample.claim_path(Path(sys.argv[1]), ''), {})\n"
+        "    sample.save_next(Image.new('RGB', (4, 4)), Path(sys.argv[1]), '', {})\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(TRAIN_PY).parent)}
     run = [sys.executable, "-c", script, str(tmp_path / "samples")]
@@ -140,20 +142,28 @@ def test_a_run_goes_on_beside_any_log(learn, log):
 
 
 def broken_states():
-    good = {"token": "<kat>", "images": "x", "model": "x", "step": 2, "rows": torch.zeros(1, 32), "scaler": {}}
-    good["optimizer"] = {"state": {}, "param_groups": []}
+    good = {"token": "<kat>", "images": "x", "model": "x", "step": 2, "rows": torch.zeros(1, 32)}
+    good |= {
+        "adamw_exp_avg": torch.zeros(1, 32),
+        "adamw_exp_avg_sq": torch.ones(1, 32),
+        "adamw_step": torch.tensor(2.0),
+    }
+    scaler = good["scaler"] = torch.amp.GradScaler("cpu", init_scale=1.0).state_dict()
+    many = torch.zeros(1, 32).to_sparse()
     yield from (5, [], {}, {"rows": 1})
     for name, values in {
         "step": ["2", None, -1, 2.5], "rows": [None, torch.zeros(2, 32), torch.full((1, 32), torch.nan)],
-        "optimizer": [None, {}, {"state": 5}, {"state": {0: 5}}, {"state": {0: {"exp_avg": torch.zeros(3)}}}],
-        "scaler": [None, 5, {"scale": "x"}], "token": [None, 5], "images": [None, []], "model": [None],
+        "adamw_exp_avg": [torch.tensor(1.0), torch.ones(1, 32, dtype=torch.float64), torch.ones(1, 32, device="meta")],
+        "adamw_exp_avg_sq": [torch.ones(32), many, {}], "adamw_step": [torch.ones(1, 32), 2, torch.tensor(torch.inf)],
+        "scaler": [None, 5, {"scale": "x"}, scaler | {"scale": -1.0}, scaler | {"_growth_tracker": 2**70}],
+        "token": [None, 5], "images": [None, []], "model": [None],
     }.items():  # fmt: skip
         for value in values:
             yield good | {name: value}
         yield {key: value for key, value in good.items() if key != name}
 
 
-@pytest.mark.parametrize("content", broken_states())
+@pytest.mark.parametrize("content", list(broken_states()))
 def test_a_checkpoint_of_any_content_is_a_sentence(learn, content, capsys):
     folder = learn(steps=2)
     real = torch.load(folder / "state.pt", weights_only=True)
@@ -177,6 +187,12 @@ def test_a_fifo_is_never_opened(learn, tmp_path, capsys):
     (tmp_path / "embeddings").mkdir()
     os.mkfifo(tmp_path / "embeddings" / "a.pt")
     assert "--embedding" in sentence(sample.main, ["--embedding", str(tmp_path / "embeddings")], capsys)
+    os.mkfifo(tmp_path / "captions.txt")
+    with pytest.raises(mu.UserError, match="--templates: .*it is no file"):
+        learn("--templates", str(tmp_path / "captions.txt"), out="other")
+    (tmp_path / "locked").mkdir()
+    os.mkfifo(tmp_path / "locked" / ".lock")
+    mu.lock_folder(tmp_path / "locked")
 
 
 def test_runs_as_a_broken_link_is_a_sentence(learn, tmp_path):
@@ -188,11 +204,56 @@ def test_runs_as_a_broken_link_is_a_sentence(learn, tmp_path):
 # --- Command lines ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_a_sentence():
+    script = "import model_utils as mu; mu.run_main(lambda argv: print('done'), [], '')"
+    options = {"cwd": Path(TRAIN_PY).parent, "stderr": subprocess.PIPE, "text": True}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, **options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the output cannot be written (No space left") and done.stderr.count("\n") == 1
+
+
+def test_an_image_that_cannot_be_saved_leaves_no_empty_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(mu.UserError, match="0000.png .No space left"):
+        sample.save_next(Image.new("RGB", (4, 4)), tmp_path, "", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_world_size_alone_is_no_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert mu.join_processes(torch.device("cpu")) == (0, 1)
+
+
+def test_two_billion_steps_are_announced_at_once():
+    args = train.parse_options(["--steps", "2000000000", "--lr", "0.02"])
+    assert 10_000 <= len(train.learning_rates(args)) <= 20_000
+
+
+def test_help_in_a_config_is_ignored(learn):
+    folder = learn(steps=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"help": True}))
+    learn("--resume", steps=2)
+
+
+def test_a_long_error_is_cut(capsys):
+    def fail(argv):
+        raise mu.UserError("x" * 10**6)
+
+    assert len(sentence(lambda argv: mu.run_main(fail, argv, ""), [], capsys)) < 2100
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [
         (["--batch_size", "2147483648"], "--batch_size"),
-        (["--resume", ""], "--resume names no folder"),
+        *[([option, ""], f"argument {option}") for option in ("--resume", "--model", "--masks", "--templates")],
+        *[([option, ""], f"argument {option}") for option in ("--images", "--output_dir", "--initializer_token")],
         (["--placeholder_token", os.fsdecode(b"<caf\xe9>")], "is not UTF-8"),
         (["--output_dir", "a" * 300], "File name too long"),
         (["--model", "/" + "a" * 300], "File name too long"),
@@ -250,15 +311,61 @@ def test_a_tokenizer_with_numbers_beyond_the_table_is_a_sentence(learn, tiny_mod
         learn("--model", str(model))
 
 
+def test_a_tokenizer_without_padding_is_a_sentence(learn, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    path = model / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+    with pytest.raises(mu.UserError, match="it lacks a token for start, end or padding"):
+        learn("--model", str(model))
+
+
+def test_parts_that_do_not_fit_each_other_are_a_sentence(learn, tiny_model, tmp_path, capsys):
+    settings = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, attention_head_dim=4, cross_attention_dim=48, down_block_types=down,
+        up_block_types=up, **settings,
+    )  # fmt: skip
+    for part, module in {
+        "unet": unet,
+        "vae": AutoencoderKL(latent_channels=8, sample_size=16, **settings, **blocks),
+    }.items():
+        model = shutil.copytree(tiny_model, tmp_path / part)
+        module.save_pretrained(model / part)
+        with pytest.raises(mu.UserError, match="--model .*its parts do not fit"):
+            learn("--model", str(model), out=f"run-{part}")
+        assert not (tmp_path / f"run-{part}").exists()
+        argv = ["--model", str(model), "--prompt", "a cat", "--out", str(tmp_path / "out")]
+        assert "its parts do not fit" in sentence(sample.main, argv, capsys)
+
+
+def test_a_clip_that_wants_other_images_is_a_sentence(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "other")
+    path = model / "clip" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"crop_size": 24}))
+    with pytest.raises(mu.UserError, match="'crop_size' is 24"):
+        sample.load_clip(model)
+
+
+def test_a_damaged_initializer_is_named_by_its_own_option(learn):
+    Path("first.pt").write_bytes(b"no embedding")
+    with pytest.raises(mu.UserError, match="^--initializer_token .*first.pt is no embedding file"):
+        learn("--initializer_token", "first.pt")
+
+
 def test_control_characters_of_a_file_reach_no_terminal(learn, capsys, tmp_path):
     rows, folder = torch.zeros(1, 32), tmp_path / "strange"
     folder.mkdir()
-    torch.save({"<k\x1b[31mat>": rows}, folder / "a.bin")
-    sample.main(["--embedding", str(folder / "a.bin"), "--export", "copy.safetensors"])
+    for token in ("<k\x1b[31mat>", "\ud800", ""):
+        torch.save({"string_to_param": {"*": rows}, "name": token}, folder / "a.pt")
+        argv = ["--embedding", str(folder / "a.pt"), "--export", "copy.safetensors"]
+        assert "does not name its token" in sentence(sample.main, argv, capsys)
+    learn("--report_to", "a\x1b[31mb", "--initializer_token", "cat", steps=1)
     torch.save({"clip_l": rows, "clip_g": rows}, folder / "\x1b[31mb.pt")
     sample.main(["--embedding", str(folder / "\x1b[31mb.pt"), "--token", "<b>", "--export", "b.safetensors"])
     output = capsys.readouterr()
-    assert "\x1b" not in output.out + output.err and "?[31mat>" in output.out
+    assert "\x1b" not in output.out + output.err and "a?[31mb" in output.err and "?[31mb.pt is for" in output.err
 
 
 def test_scores_of_a_run_without_its_resolution_are_refused(learn, capsys):
@@ -269,34 +376,13 @@ def test_scores_of_a_run_without_its_resolution_are_refused(learn, capsys):
     assert "--score" in sentence(sample.main, ["--score", "--embedding", str(folder)], capsys)
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("exp_avg", torch.tensor(1.0)),
-        ("exp_avg_sq", torch.ones(32)),
-        ("exp_avg", torch.ones(1, 32, dtype=torch.float64)),
-        ("step", torch.ones(1, 32)),
-        ("step", None),
-    ],
-)
-def test_moments_that_adamw_would_write_beyond_are_refused(learn, name, value, capsys):
-    folder = learn(steps=2)
-    state = torch.load(folder / "state.pt", weights_only=True)
-    moments = state["optimizer"]["state"][0]
-    moments[name] = value
-    if value is None:
-        del moments[name]
-    torch.save(state, folder / "state.pt")
-    assert "state.pt" in sentence(train.main, ["--resume", str(folder), "--steps", "3"], capsys)
-
-
 def test_expanded_moments_are_copied_before_adamw_writes_them(learn):
     folder = learn("--lr_scheduler", "constant", steps=2)
     state = torch.load(folder / "state.pt", weights_only=True)
-    state["optimizer"]["state"][0]["exp_avg_sq"] = torch.ones(1, 1).expand(1, 32)
+    state["adamw_exp_avg_sq"] = torch.ones(1, 1).expand(1, 32)
     torch.save(state, folder / "state.pt")
     train.main(["--resume", str(folder), "--steps", "4"])
-    moments = torch.load(folder / "state.pt", weights_only=True)["optimizer"]["state"][0]["exp_avg_sq"]
+    moments = torch.load(folder / "state.pt", weights_only=True)["adamw_exp_avg_sq"]
     assert moments.is_contiguous() and moments.unique().numel() > 1
 
 

@@ -199,7 +199,7 @@ def test_gradients_are_clipped_to_norm_1_after_unscaling(learn, monkeypatch):
         monkeypatch.setattr(mu, "choose_dtype", lambda *_, dtype=dtype: dtype)
         folder = learn(steps=1, out=str(dtype))
         assert read_log(folder)[0]["grad_norm"] > 1.5
-        first_moment = read_state(folder)["optimizer"]["state"][0]["exp_avg"]
+        first_moment = read_state(folder)["adamw_exp_avg"]
         assert first_moment.norm().item() == pytest.approx(0.1, rel=1e-3)  # (1 - beta1) * gradient
 
 
