@@ -262,9 +262,8 @@ def load_clip(model, score_model=None, device="cpu"):
     mean, std = settings.numbers("image_mean", 3, 0, 1), settings.numbers("image_std", 3, 1e-3, 1)
     size = settings.get("crop_size", None, int, 1, 10_000)
     if size != clip.config.vision_config.image_size:
-        raise UserError(
-            f"{settings.path}: 'crop_size' is {size}, but its CLIP takes another; take another --score_model."
-        )
+        what = "not what its CLIP takes; take another --score_model"
+        raise UserError(f"{settings.path}: 'crop_size' is {size}, {what}.")
     return Clip(clip, tokenizer, size, mean, std, name)
 
 

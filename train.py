@@ -329,7 +329,8 @@ def train(args):
             eval_loss = mu.sum_over_processes(evaluation_loss(components, eval_batch, size)).item() / processes
             row = {"step": run.step, "loss": sum(sums) / sum(counts), "eval_loss": eval_loss}
             row["loss_by_timestep"] = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
-            row |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped_steps": run.skipped_steps()}
+            row |= {"lr": lr, "grad_norm": grad_norm.item()}
+            row["skipped_steps"] = run.step - int(optimizer.state[learned_rows]["step"])
             run.log(row | describe_rows(learned_rows, init_rows, table, tokenizer), bar)
             finished = finished or run.has_converged()
             if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not stopped:
@@ -390,8 +391,10 @@ class Run:
             self.restore()
         if rank > 0:
             return
-        if not resumed:
-            self.clear()
+        if not resumed:  # with --overwrite an earlier run may have left its files
+            events = self.folder.glob("events.out.tfevents*") if args.overwrite else []
+            for path in [*(self.folder / name for name in RUN_FILES), *events]:
+                path.unlink(missing_ok=True)
         config = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
         for name in ("images", "masks", "templates"):  # absolute: the run can be resumed from any folder
             config[name] = config[name] and str(Path(config[name]).resolve())
@@ -406,12 +409,6 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(self.folder, purge_step=self.step + 1)
-
-    def clear(self):
-        """Remove what an earlier run left behind (--overwrite)."""
-        events = self.folder.glob("events.out.tfevents*") if self.args.overwrite else []
-        for path in [*(self.folder / name for name in RUN_FILES), *events]:
-            path.unlink(missing_ok=True)
 
     def checkpoint(self):
         """What state.pt holds (a few KB): what learns, the number of steps done, and what it belongs to."""
@@ -431,9 +428,8 @@ class Run:
         except OSError:  # not readable: run_main says why
             raise
         except Exception as error:
-            raise UserError(
-                f"--resume: {path} is damaged or of another kind of run; start anew with --overwrite."
-            ) from error
+            remedy = "start anew with --overwrite"
+            raise UserError(f"--resume: {path} is damaged or of another kind of run; {remedy}.") from error
         if state["images"] != own["images"]:
             what = f"--images {self.args.images}: these are not the images, masks or captions"
             raise UserError(f"{what} that {self.folder} began with.")
@@ -504,15 +500,9 @@ class Run:
     def is_due(self, every):
         return every > 0 and self.step % every == 0
 
-    def skipped_steps(self):
-        """How many steps the optimizer has skipped, of all."""
-        return self.step - int(self.optimizer.state[self.learned_rows]["step"])
-
     def has_converged(self):
-        rows = [row for row in self.log_rows if row["step"] % self.args.log_steps == 0]  # evenly spaced
-        return self.args.early_stop and has_converged(
-            [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
-        )
+        losses = [row["eval_loss"] for row in self.log_rows if row["step"] % self.args.log_steps == 0]  # evenly spaced
+        return self.args.early_stop and has_converged([loss for loss in losses if loss is not None])
 
     def add_preview(self, images):
         """Add a row of PIL images to preview.png, below the training images; the newest rows stay."""
@@ -547,8 +537,8 @@ class Run:
         for name in ["log.jsonl", "curves.png"] + ["preview.png"] * bool(self.previews):
             print(f"{Path(name).stem:11}{self.folder / name}")
         prompt = sample.EDITING_PROMPTS[self.args.learnable_property][-1].format(self.args.placeholder_token)
-        prompt = mu.quote(prompt)
-        print(f"{'try next':11}python sample.py --embedding {mu.quote(self.folder.as_posix())} --prompt {prompt}")
+        options = f"--embedding {mu.quote(self.folder.as_posix())} --prompt {mu.quote(prompt)}"
+        print(f"{'try next':11}python sample.py {options}")
         panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in CURVES.items()}
         sample.plot_curves(panels, self.folder / "curves.png")
 
@@ -687,9 +677,8 @@ def parse_options(argv):
     elif args.output_dir and not args.overwrite:
         refuse_to_overwrite(args.output_dir)
     if args.images and not args.initializer_token:
-        raise UserError(
-            "--images needs --initializer_token: a word for what they show, such as cat; the token starts as it."
-        )
+        what = "a word for what they show, such as cat; the token starts as it"
+        raise UserError(f"--images needs --initializer_token: {what}.")
     if args.images and args.model == mu.DEFAULT_MODEL and not Path(args.images).resolve().is_relative_to(args.model):
         note = "note: the bundled model knows a picture book of 64 px; for photographs name another --model"
         print(f"{note}, such as CompVis/stable-diffusion-v1-4", file=sys.stderr)

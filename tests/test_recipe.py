@@ -3,32 +3,23 @@
 import json
 import shlex
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import model_utils as mu
 import train
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return str(folder)
-
-
 @pytest.fixture
-def learn(tiny_model, images, tmp_path, monkeypatch):
+def learn(tiny_model, image_folder, tmp_path, monkeypatch):
     """learn(command line) trains the tiny model -> the folder of the run."""
     monkeypatch.chdir(tmp_path)
 
     def run(command, steps="--steps 2 --batch_size 2", quiet="--preview_steps 0 --no-score"):
-        options = f"--model {tiny_model} --images {shlex.quote(images)} {steps} {quiet} --overwrite --out run {command}"
+        options = (
+            f"--model {tiny_model} --images {shlex.quote(image_folder)} {steps} {quiet} --overwrite --out run {command}"
+        )
         return train.train(train.parse_options(shlex.split(options)))
 
     return run
@@ -41,10 +32,10 @@ def options_of(command):
 # --- Recipes ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_bundled_model_names_fast_and_any_other_gets_notebook(tiny_model, images):
+def test_the_bundled_model_names_fast_and_any_other_gets_notebook(tiny_model, image_folder):
     args = options_of("")
     assert (args.recipe, args.steps, args.batch_size, args.lr, args.lr_scheduler) == ("fast", 250, 8, None, "cosine")
-    args = options_of(f"--model {tiny_model} --images '{images}' --initializer_token cat")
+    args = options_of(f"--model {tiny_model} --images '{image_folder}' --initializer_token cat")
     assert (args.recipe, args.steps, args.batch_size, args.lr) == ("notebook", 2000, 4, 2e-3)
     assert (args.lr_scheduler, args.lr_warmup_steps, args.timestep_sampling) == ("constant", 0, "uniform")
     args = options_of("--model CompVis/stable-diffusion-v1-4 --recipe fast --steps 100")
@@ -116,8 +107,8 @@ def test_a_command_written_for_diffusers_script_runs(tmp_path, monkeypatch, caps
     assert "--report_to wandb" in line and "--save_steps" not in line
 
 
-def test_epochs_are_steps(images):
-    command = f"--images '{images}' --initializer_token cat --num_train_epochs 2 --batch_size 8 --grad_accum 2"
+def test_epochs_are_steps(image_folder):
+    command = f"--images '{image_folder}' --initializer_token cat --num_train_epochs 2 --batch_size 8 --grad_accum 2"
     assert options_of(command).steps == 2 * 19  # 3 images, 100 times an epoch, 16 a step
     assert options_of(command + " --repeats 10").steps == 4
     assert options_of(command + " --max_train_steps 7").steps == 7

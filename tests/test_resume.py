@@ -44,7 +44,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(learn, resume, before_step, 
     monkeypatch.setattr(mu, "choose_dtype", lambda *_: dtype)
     options = ["--save_steps", "2", "--log_steps", "1", *options]
     whole = learn(*options, steps=7, out="whole")
-    files = ["learned_embeds.safetensors", "log.jsonl"] + ["learned_embeds.bin"] * ("--save_bin" in options)
+    files = ["learned_embeds.safetensors", "log.jsonl", "state.pt"] + ["learned_embeds.bin"] * ("--save_bin" in options)
     for step in CRASHES:
         before_step(step, crash)
         with pytest.raises(Crash):
