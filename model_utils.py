@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import pickletools
 import re
 import shlex
 import signal
@@ -72,9 +73,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv):
         """Like argparse, with one line for an unknown option, and for one that is no text."""
-        for word in argv:
+        for word in [*argv, os.getcwd()]:
             if not word.isascii() and word != word.encode(errors="replace").decode():
-                self.error(f"{word!r} is not UTF-8: rename the file, or type it anew.")
+                self.error(f"{word!r} is not UTF-8: rename the file or folder, or type it anew.")
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -113,16 +114,20 @@ def run_main(script, argv, memory_advice):
         try:
             script(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
+            if sys.stdout:  # a daemon's is closed
+                sys.stdout.flush()
+    except (UserError, OSError, UnicodeEncodeError, RuntimeError, MemoryError) as error:
         message = str(error).lower()
         if isinstance(error, OSError) and error.filename is not None:  # no permission, a name that is too long
             error = f"{error.filename}: {error.strerror}; check the path and its permissions."
+        elif isinstance(error, UnicodeEncodeError):
+            error = f"a name is not UTF-8 ({error.object[:200]!r}): rename the file or folder."
         elif isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
             error = f"out of memory: {memory_advice}."
-        elif isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):  # `| head`, a full disk
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left at its end
-            error = f"the output cannot be written ({error.strerror}); files that were saved are kept."
+        elif isinstance(error, OSError):
+            if error.errno in (errno.EPIPE, errno.ENOSPC):  # of `| head`, or a full disk behind `>`:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left at its end
+            error = f"input or output failed ({reason(error)}); files that were saved are kept."
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             error = f"--compile: PyTorch cannot compile on this machine ({reason(error)}); leave it out."
         elif not isinstance(error, UserError):
@@ -207,8 +212,10 @@ def lock_folder(folder):
         file = os.fdopen(os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", 0)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(f"--output_dir {folder} is in use by another run: name another folder.") from error
+        except OSError:  # a file system without locks
+            pass
         return file
 
 
@@ -236,16 +243,13 @@ def join_processes(device):
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"RANK and WORLD_SIZE do not work ({reason(error)}): use torchrun, or unset them.") from error
     if dist.get_rank() > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
-
-
-def leave_processes():
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def sum_over_processes(tensor):
@@ -272,6 +276,8 @@ def read_json(path):
     """The object in a JSON file; {} if there is no such file. UserError if it is damaged."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+        if "\\u0000" in json.dumps(content, ensure_ascii=False).encode().decode():  # no name can hold it
+            raise ValueError("it holds a zero character")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}): correct or remove it.") from error
     if not isinstance(content, dict):
@@ -310,11 +316,6 @@ class Settings:
             what = f"no list of {count} numbers from {low:g} to {high:g}"
             raise UserError(f"{self.path}: '{name}' is {what}; correct it or take another checkpoint.")
         return values
-
-
-def recipe_of(model):
-    """The training recipe that a model's folder names in model_index.json; that of the notebook if it names none."""
-    return Settings(Path(model, "model_index.json")).get("_recipe", "notebook", ["notebook", "fast"])
 
 
 def sampling_defaults(model):
@@ -437,7 +438,9 @@ def _load_part(part_class, part, model, **options):
     try:
         with warnings.catch_warnings(action="ignore"):  # deprecations inside the libraries are not the user's concern
             return part_class.from_pretrained(str(model), **options)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers can panic
         raise _unloadable(model, part, reason(error)) from error
 
 
@@ -480,7 +483,6 @@ def _refuse_missing(option, name):
         raise UserError(f"{option} {name}: no such file or folder (was it moved?), and no Hub id such as 'owner/name'.")
 
 
-@torch.no_grad()
 def check_parts(model, vae=None, text_encoder=None, unet=None, latents=None):
     """UserError if parts of a model fail or do not fit each other: encodes and decodes a small image, calls the UNet.
 
@@ -493,8 +495,10 @@ def check_parts(model, vae=None, text_encoder=None, unet=None, latents=None):
             vae.decode(latents)
         if unet is not None:
             token_ids = torch.zeros(1, text_encoder.config.max_position_embeddings, dtype=torch.long)
-            text_embeddings = encode_tokens(text_encoder, token_ids).to(unet.dtype)
-            unet(latents[..., :16, :16].to(unet.device, unet.dtype), 0, text_embeddings)
+            text_embeddings = encode_tokens(text_encoder, token_ids).to(unet.dtype).requires_grad_()
+            noise_pred = unet(latents[..., :16, :16].to(unet.device, unet.dtype), 0, text_embeddings).sample
+            if not noise_pred.requires_grad:
+                raise ValueError("the UNet does not look at the text")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -818,10 +822,11 @@ def atomic_write(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         remedy = "make room there, close what holds it open, or name another folder"
         raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}.") from error
+    finally:  # also after Ctrl-C
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def save_embedding(path, token, rows, base_model):
@@ -865,8 +870,10 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     token = token or name
     if not isinstance(token, str) or not token.isprintable() or token in ("", "*"):
         raise UserError(f"{what} does not name its token; give it one: --token {example_token(path.stem)}.")
-    shape, is_plain = list(rows.shape), rows.layout == torch.strided and rows.device.type == "cpu"
-    if not is_plain or not rows.is_floating_point() or len(shape) not in (1, 2) or 0 in shape:
+    is_plain = not rows.is_nested and rows.layout == torch.strided and rows.device.type == "cpu"
+    shape = list(rows.shape) if is_plain else []
+    is_number = rows.is_floating_point() and "float4" not in str(rows.dtype)
+    if not is_number or len(shape) not in (1, 2) or 0 in shape:
         raise UserError(f"{what} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
     if len(shape) == 2 and shape[0] > MAX_VECTORS:
         raise UserError(f"{what} holds {shape[0]} vectors; a prompt has room for {MAX_VECTORS}.")
@@ -917,9 +924,7 @@ def _read_tensors(path, what):
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             return safetensors.torch.load(data), header.get("__metadata__") or {}
         if data.startswith((b"PK", b"\x80")):
-            # weights_only: a pickle may otherwise run any program. ParameterDict: the container in the paper's files
-            with torch.serialization.safe_globals([nn.ParameterDict]):
-                content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            content = load_pickle(data)
             notes = content if isinstance(content, dict) else {}
             return content, {key: str(note) for key, note in notes.items() if isinstance(note, (str, int))}
         if data.startswith(b"\x89PNG"):  # A1111's; the text is read without decoding the image
@@ -932,6 +937,28 @@ def _read_tensors(path, what):
     except Exception as error:
         raise UserError(f"{what} is damaged or holds more than numbers; nothing in it was run.") from error
     raise UserError(f"{what} is no embedding file; it has {size} bytes and begins with {data[:8]!r}.")
+
+
+def load_pickle(data):
+    """torch.load of bytes, which can run no code. ValueError for tuples in tuples, whose hash may never end."""
+    stream = io.BytesIO(data)
+    if data.startswith(b"PK"):
+        with zipfile.ZipFile(stream) as file:
+            if sum(entry.file_size for entry in file.infolist()) > MAX_FILE_BYTES:
+                raise ValueError("it is too large")
+            stream = io.BytesIO(b"".join(file.read(name) for name in file.namelist() if name.endswith(".pkl")))
+    tuples, before = set(), ""
+    while stream.read(1) == b"\x80":  # old files hold several pickles, then the numbers
+        stream.seek(-1, io.SEEK_CUR)
+        for opcode, argument, _ in pickletools.genops(stream):
+            if opcode.name.endswith("PUT") and before.startswith("TUPLE"):
+                tuples.add(argument)
+            elif opcode.name.endswith("GET") and argument in tuples:
+                raise ValueError("it uses a tuple twice")
+            before = opcode.name
+    # weights_only: a pickle may otherwise run any program. ParameterDict: the container in the paper's files
+    with torch.serialization.safe_globals([nn.ParameterDict]):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _json_tensor(entry):

@@ -114,7 +114,11 @@ def load_dataset(args, tokenizer, placeholders, device):
     images, masks, paths = data.load_training_images(args.images, args.resolution, args.masks)
     templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
     captions, choices, source = data.load_captions(paths, args.placeholder_token, templates, args.templates)
-    token_ids = mu.tokenize(tokenizer, captions, placeholders)[choices]  # [N, T, L]
+    token_ids = mu.tokenize(tokenizer, captions, placeholders)  # [captions, L]
+    for caption, ids in zip(captions, token_ids.tolist(), strict=True):
+        if placeholders[args.placeholder_token][0] not in ids:  # it would learn nothing
+            what = f"the caption {caption!r} does not hold {args.placeholder_token!r} as a word of its own"
+            raise UserError(f"--templates: {what}; put spaces around it, or take a token such as '<kat>'.")
     fingerprint, summary = hashlib.sha256(images.numpy()), f"{len(images)} images"
     if source:
         fingerprint.update(repr((captions, choices.tolist())).encode())
@@ -123,7 +127,7 @@ def load_dataset(args, tokenizer, placeholders, device):
         fingerprint.update(masks.numpy())
         summary += f", {sum(mask.min() < 1 for mask in masks)} of them masked or transparent in parts"
     cache, examples = data.encode_dataset(vae, images, masks), mu.to_pil(images[: args.num_validation_images])
-    return Dataset(cache, token_ids, fingerprint.hexdigest(), examples, summary)
+    return Dataset(cache, token_ids[choices], fingerprint.hexdigest(), examples, summary)
 
 
 def draw_batch(dataset, batch_size, schedule, step, args):
@@ -246,7 +250,7 @@ def preview(components, run):
         components = components._replace(vae=vae)
         images = sample.generate(components, [prompt] * len(seeds), seeds, progress=False, **settings)
         run.add_preview(list(images))
-    except (UserError, RuntimeError, MemoryError) as error:  # no memory left, a full disk
+    except (UserError, OSError, RuntimeError, MemoryError) as error:  # no memory left, a full disk
         print(f"warning: no preview of step {run.step} ({error})", file=sys.stderr)
 
 
@@ -282,8 +286,6 @@ def train(args):
 
     # 2. The optimizer, and the run's folder, which restores what learns if it is resumed
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no sync with CUDA
-    moments = {name: torch.zeros_like(learned_rows) for name in ("exp_avg", "exp_avg_sq")}
-    optimizer.state[learned_rows] = {"step": torch.zeros((), device=device), **moments}  # as AdamW's first step does
     # fp16 gradients are scaled up so that they do not vanish; else the scale is 1 and only infinite ones are skipped
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
@@ -330,7 +332,7 @@ def train(args):
             row = {"step": run.step, "loss": sum(sums) / sum(counts), "eval_loss": eval_loss}
             row["loss_by_timestep"] = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
             row |= {"lr": lr, "grad_norm": grad_norm.item()}
-            row["skipped_steps"] = run.step - int(optimizer.state[learned_rows]["step"])
+            row["skipped_steps"] = run.step - int(run.moments["step"])
             run.log(row | describe_rows(learned_rows, init_rows, table, tokenizer), bar)
             finished = finished or run.has_converged()
             if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not stopped:
@@ -343,7 +345,8 @@ def train(args):
                 raise UserError(f"{count} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
 
     # 4. How well it went
-    mu.leave_processes()
+    if processes > 1:
+        torch.distributed.destroy_process_group()
     if stopped or interrupted:
         command = f"python train.py --resume --output_dir {mu.quote(run.folder.as_posix())}"
         print(f"stopped after step {run.step}, all is saved; continue with: {command}")
@@ -380,27 +383,31 @@ class Run:
 
     def __init__(self, args, dataset, model_fingerprint, learned_rows, optimizer, scaler, rank):
         self.args, self.dataset, self.model_fingerprint, self.rank = args, dataset, model_fingerprint, rank
-        self.learned_rows, self.optimizer, self.scaler = learned_rows, optimizer, scaler
+        self.learned_rows, self.scaler = learned_rows, scaler
         self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", [], None
+        # AdamW makes its moments at the first step; made here, a checkpoint has the same form from the start
+        self.moments = {name: torch.zeros_like(learned_rows) for name in ("exp_avg", "exp_avg_sq")}
+        self.moments["step"] = torch.zeros((), device=learned_rows.device)  # those that were not skipped
+        optimizer.state[learned_rows] = self.moments
         self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
         self.lock = mu.lock_folder(self.folder) if rank == 0 else None
-        if rank == 0 and not args.resume and not args.overwrite:
-            refuse_to_overwrite(self.folder)  # another run may have begun and ended since the options were read
+        if rank == 0 and not args.resume:  # another run may have begun and ended since the options were read
+            refuse_to_overwrite(self.folder, args.overwrite)
         resumed = args.resume and (self.folder / "state.pt").exists()  # killed before its first save: anew
         if resumed:
             self.restore()
         if rank > 0:
             return
-        if not resumed:  # with --overwrite an earlier run may have left its files
-            events = self.folder.glob("events.out.tfevents*") if args.overwrite else []
-            for path in [*(self.folder / name for name in RUN_FILES), *events]:
-                path.unlink(missing_ok=True)
         config = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
         for name in ("images", "masks", "templates"):  # absolute: the run can be resumed from any folder
             config[name] = config[name] and str(Path(config[name]).resolve())
         config["model"] = mu.name_of_model(args.model)
-        text = json.dumps(config, indent=1, ensure_ascii=False)
-        mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text.encode()))
+        text = json.dumps(config, indent=1, ensure_ascii=False).encode()
+        if not resumed:  # with --overwrite an earlier run may have left its files
+            events = self.folder.glob("events.out.tfevents*") if args.overwrite else []
+            for path in [*(self.folder / name for name in RUN_FILES), *events]:
+                path.unlink(missing_ok=True)
+        mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text))
         lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
         mu.atomic_write(self.folder / "log.jsonl", lambda buffer: buffer.write(lines.encode()))
         if resumed:
@@ -412,8 +419,7 @@ class Run:
 
     def checkpoint(self):
         """What state.pt holds (a few KB): what learns, the number of steps done, and what it belongs to."""
-        moments = self.optimizer.state[self.learned_rows]
-        tensors = {"rows": self.learned_rows.data, **{f"adamw_{name}": moments[name] for name in moments}}
+        tensors = {"rows": self.learned_rows.data, **{f"adamw_{name}": self.moments[name] for name in self.moments}}
         belongs_to = {"token": self.args.placeholder_token, "images": self.dataset.fingerprint}
         belongs_to["model"] = self.model_fingerprint
         return {"step": self.step, "scaler": self.scaler.state_dict(), **tensors, **belongs_to}
@@ -422,7 +428,7 @@ class Run:
         """Load the checkpoint, and log and previews up to its step. UserError if it is damaged or of another run."""
         path, own = self.folder / "state.pt", self.checkpoint()
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = mu.load_pickle(path.read_bytes())
             if not mu.same_form(state, own):
                 raise ValueError
         except OSError:  # not readable: run_main says why
@@ -443,10 +449,9 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.step, log = state["step"], self.folder / "log.jsonl"
         for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-            with suppress(ValueError, TypeError, KeyError, AttributeError):  # an incomplete or foreign line
+            with suppress(Exception):  # an incomplete or foreign line
                 row = json.loads(line)
-                numbers = [row[name] for name in CURVES]
-                if row["step"] <= self.step and all(isinstance(x, float | int | None) for x in numbers):
+                if 0 < row["step"] <= self.step and all(isinstance(row[name], float | None) for name in CURVES):
                     self.log_rows.append(row)
         self.restore_previews()
 
@@ -674,8 +679,8 @@ def parse_options(argv):
         raise UserError("--resume continues a run, --overwrite starts it anew: choose one.")
     if args.resume:
         args = resumed_options(args, argv)
-    elif args.output_dir and not args.overwrite:
-        refuse_to_overwrite(args.output_dir)
+    elif args.output_dir:
+        refuse_to_overwrite(args.output_dir, args.overwrite)
     if args.images and not args.initializer_token:
         what = "a word for what they show, such as cat; the token starts as it"
         raise UserError(f"--images needs --initializer_token: {what}.")
@@ -688,11 +693,12 @@ def parse_options(argv):
         args.initializer_token = str(Path(args.initializer_token).resolve())
     if args.output_dir and not args.resume:
         folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
-        if images in [folder, *folder.parents]:
-            why = f"is in --images {args.images}: its images would be trained on next time"
+        if images in [folder, *folder.parents] or (images.is_file() and images.parent == folder):
+            why = f"is where --images {args.images} are: they would be mixed up with its own"
             raise UserError(f"--output_dir {args.output_dir} {why}; name a folder elsewhere.")
     epochs = 0 if args.steps else args.num_train_epochs
-    args.recipe = args.recipe or mu.recipe_of(args.model)
+    index = mu.Settings(Path(args.model, "model_index.json"))
+    args.recipe = args.recipe or index.get("_recipe", "notebook", list(RECIPES))
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -728,7 +734,8 @@ def resumed_options(args, argv):
             raise UserError("--resume: there is no such run in runs/; name its folder with --output_dir.")
         folder = str(runs[-1])
     config = mu.read_config(folder)
-    if not Path(folder, "state.pt").is_file() and (not config or Path(folder, EMBEDDING_FILES[0]).exists()):
+    learned = any(Path(folder, name).exists() for name in EMBEDDING_FILES)
+    if not Path(folder, "state.pt").is_file() and (learned or not config):
         raise UserError(f"--resume: there is no checkpoint {Path(folder, 'state.pt')}; name the folder of a run.")
     if not config:
         raise UserError(f"--resume: {folder} has no config.json with the options it began with; start another run.")
@@ -757,14 +764,15 @@ def resumed_options(args, argv):
     return args
 
 
-def refuse_to_overwrite(folder):
-    """UserError if a folder holds a run or files of another program."""
+def refuse_to_overwrite(folder, overwrite=False):
+    """UserError if a folder holds a run, unless that may be overwritten, or files of another program."""
     held = [name for name in RUN_FILES if Path(folder, name).exists()]
-    is_run = bool(mu.read_config(folder))
-    if not held or (is_run and not {"state.pt", *EMBEDDING_FILES} & set(held)):  # a run that failed before it saved
+    is_run = bool(mu.read_config(folder)) and not any(Path(folder, name).is_dir() for name in held)
+    has_learned = bool({"state.pt", *EMBEDDING_FILES} & set(held))  # else it failed before it saved
+    if not held or (is_run and (overwrite or not has_learned)):
         return
-    what, also = ("a run", " --resume or") if is_run else (f"'{held[0]}'", "")
-    raise UserError(f"--output_dir {folder} holds {what}: add{also} --overwrite or name another.")
+    what = "a run: add --resume or --overwrite, or" if is_run else f"'{held[0]}' and is no run's:"
+    raise UserError(f"--output_dir {folder} holds {what} name another.")
 
 
 def main(argv=None):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,13 @@ def test_no_file_is_written_through_a_link_in_the_folder(learn, tmp_path, name):
     for link in (f".{name}.tmp", name):
         (folder / link).unlink(missing_ok=True)
         (folder / link).symlink_to(victim)
-    learn("--overwrite")
-    assert victim.read_text() == "dear" and not (folder / name).is_symlink()
+    if name == "config.json":  # then it is no run
+        with pytest.raises(mu.UserError, match="config.json cannot be read"):
+            learn("--overwrite")
+    else:
+        learn("--overwrite")
+        assert not (folder / name).is_symlink()
+    assert victim.read_text() == "dear"
 
 
 def test_samples_are_not_written_through_a_link(learn, tmp_path):
@@ -128,6 +134,9 @@ LOGS = ["", "\n\n", "{", "null", "[]", "5", '{"step": 1}', '{"step": "1", "loss"
 LOGS += [
     '{"step": null, "loss": 1, "eval_loss": 1, "grad_norm": 1, "embedding_norm": 1, "cosine_to_init": 1}',
     "\x00\xff",
+    "[" * 200_000,
+    json.dumps(dict.fromkeys(train.CURVES, 1.0) | {"step": 1, "eval_loss": 10**400}),
+    json.dumps(dict.fromkeys(train.CURVES, 1.0) | {"step": -(10**400)}),
 ]
 
 
@@ -201,6 +210,98 @@ def test_runs_as_a_broken_link_is_a_sentence(learn, tmp_path):
         learn(out=None)
 
 
+def test_an_embedding_that_is_all_that_is_left_is_not_cleared(learn, capsys):
+    folder = learn("--save_bin", steps=1)
+    for name in ("state.pt", "learned_embeds.safetensors"):
+        (folder / name).unlink()
+    assert "no checkpoint" in sentence(train.main, ["--resume", str(folder)], capsys)
+    assert (folder / "learned_embeds.bin").exists()
+
+
+def test_a_training_image_named_like_a_preview_is_not_overwritten(learn, image_folder):
+    folder = learn(steps=1)
+    shutil.copy(next(Path(image_folder).iterdir()), folder / "preview.png")
+    before = (folder / "preview.png").read_bytes()
+    with pytest.raises(mu.UserError, match="--output_dir run is where --images"):
+        learn("--overwrite", "--images", "run/preview.png")
+    assert (folder / "preview.png").read_bytes() == before
+
+
+def test_overwrite_does_not_begin_what_it_cannot_end(learn):
+    folder = learn(steps=1)
+    (folder / "scores.json").mkdir()
+    with pytest.raises(mu.UserError, match="is no run's"):
+        learn("--overwrite")
+    assert (folder / "state.pt").exists()
+
+
+def test_a_pickle_whose_hash_never_ends_is_refused(tmp_path):
+    doubled = b"".join(
+        bytes([104, i, 104, i, 0x86, 113, i + 1]) for i in range(40)
+    )  # a tuple of the tuple before, twice
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02K\x01\x85q\x00" + doubled + b"}h\x28K\x01s.")
+        file.writestr("archive/version", b"3\n")
+        file.writestr("archive/byteorder", b"little")
+    script = f"import model_utils as mu; mu.load_embedding({str(tmp_path / 'bomb.pt')!r})"
+    options = {"cwd": Path(TRAIN_PY).parent, "stderr": subprocess.PIPE, "text": True, "timeout": 60}
+    assert "nothing in it was run" in subprocess.run([sys.executable, "-c", script], **options).stderr
+
+
+@pytest.mark.parametrize("images", ["a\u0000b", "\ud800"])
+def test_names_that_no_file_can_have_are_a_sentence(learn, images, capsys):
+    folder = learn(steps=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"images": images}))
+    for main, argv in ((sample.main, ["--score", "--embedding", str(folder)]), (train.main, ["--resume", str(folder)])):
+        assert "config.json cannot be read" in sentence(main, argv, capsys)
+
+
+def test_odd_tensors_are_no_embedding(tmp_path):
+    nested = torch.nested.nested_tensor([torch.ones(1, 32)] * 2)
+    for rows in (nested, torch.zeros(1, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)):
+        torch.save({"<kat>": rows}, tmp_path / "odd.pt")
+        with pytest.raises(mu.UserError, match="--embedding .*odd.pt"):
+            mu.load_embedding(tmp_path / "odd.pt")
+
+
+def test_a_folder_without_locks_can_be_used(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    mu.lock_folder(tmp_path)
+
+
+def test_ctrl_c_during_a_write_leaves_nothing_half(tmp_path, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", press)
+    with pytest.raises(KeyboardInterrupt):
+        mu.atomic_write(tmp_path / "state.pt", lambda buffer: buffer.write(b"new"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_captions_in_which_the_token_is_not_found_are_a_sentence(learn):
+    Path("captions.txt").write_text("a photo of {}s\n")
+    with pytest.raises(mu.UserError, match="'a photo of kats' does not hold 'kat' as a word of its own"):
+        learn("--templates", "captions.txt", "--placeholder_token", "kat")
+
+
+def test_a_disk_that_fails_is_a_sentence_and_a_preview_costs_no_step(learn, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError):  # of curves.png, when all is done
+        learn("--preview_steps", "1", steps=1)
+    assert "no preview of step 1" in capsys.readouterr().err and Path("run", "state.pt").exists()
+    assert "input or output failed" in sentence(lambda argv: mu.run_main(fail, argv, ""), [], capsys)
+
+
 # --- Command lines ----------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +312,30 @@ def test_output_that_cannot_be_written_is_a_sentence():
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", script], stdout=full, **options)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: the output cannot be written (No space left") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: input or output failed ([Errno 28] No space left")
+        and done.stderr.count("\n") == 1
+    )
+
+
+def test_a_closed_output_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    mu.run_main(lambda argv: print("done"), [], "")
+
+
+def test_a_working_folder_that_is_not_utf_8_is_a_sentence(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert "is not UTF-8: rename the file or folder" in sentence(train.main, [], capsys)
+
+
+def test_odd_variables_of_torchrun_are_a_sentence(monkeypatch):
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(mu.UserError, match="RANK and WORLD_SIZE do not work"):
+        mu.join_processes(torch.device("cpu"))
 
 
 def test_an_image_that_cannot_be_saved_leaves_no_empty_file(tmp_path, monkeypatch):
@@ -316,6 +440,23 @@ def test_a_tokenizer_without_padding_is_a_sentence(learn, tiny_model, tmp_path):
     path = model / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
     with pytest.raises(mu.UserError, match="it lacks a token for start, end or padding"):
+        learn("--model", str(model))
+
+
+def test_a_tokenizer_that_panics_is_a_sentence(learn, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    path = model / "tokenizer" / "tokenizer.json"
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"normalizer": normalizer}))
+    with pytest.raises(mu.UserError, match="its part 'tokenizer' cannot be loaded"):
+        learn("--model", str(model))
+
+
+def test_a_unet_that_does_not_look_at_the_text_is_a_sentence(learn, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "blind"))
+    path = model / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformer_layers_per_block": 0}))
+    with pytest.raises(mu.UserError, match="the UNet does not look at the text"):
         learn("--model", str(model))
 
 

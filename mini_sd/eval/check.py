@@ -36,8 +36,8 @@ def correct_attributes(images, pictures):
     """{attribute: for each image, whether it has that of its picture}"""
     predictions = classifier.classify(classifier.load_classifier(), images)
     return {
-        name: [found == getattr(picture, name) for found, picture in zip(predictions[name], pictures, strict=True)]
-        for name in predictions
+        name: [found == classifier.class_of(picture, name) for found, picture in zip(found_of, pictures, strict=True)]
+        for name, found_of in predictions.items()
     }
 
 
@@ -80,6 +80,8 @@ def main():
     correct = correct_attributes(images, pictures)
     three = zip(correct["kind"], correct["colour"], correct["background"], strict=True)
     correct["kind, colour and background"] = [all(each) for each in three]
+    both = zip(correct["accessory"], correct["accessory_colour"], pictures, strict=True)
+    correct["accessory and its colour, where there is one"] = [a and b for a, b, picture in both if picture.accessory]
     for name, answers in correct.items():
         print(f"{name}: {sum(answers)} of {len(answers)} correct")
     if args.sheet:

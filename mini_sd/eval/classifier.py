@@ -3,7 +3,7 @@
 A small convolutional network, trained on the world itself, so that "the prompt was ignored" or "the background was
 learned too" can be counted. evaluate.py uses it; textual inversion does not need it.
 
-    python -m mini_sd.eval.classifier --minutes 6       # train it and write classifier.safetensors
+    python -m mini_sd.eval.classifier --minutes 12      # train it and write classifier.safetensors
 """
 
 import argparse
@@ -25,6 +25,7 @@ CLASSES = {  # of each attribute of a Picture
     "colour": list(world.COLOURS),
     "pattern": world.PATTERNS,
     "accessory": [None, *world.ACCESSORIES],
+    "accessory_colour": [None, *world.COLOURS],  # None without an accessory
     "background": [*world.BACKGROUNDS, *world.SCENES],
     "style": world.STYLES,
     "count": [1, 2],
@@ -67,6 +68,11 @@ def classify(classifier, images):
     return predictions
 
 
+def class_of(picture, name):
+    """The class of a Picture's attribute."""
+    return None if name == "accessory_colour" and not picture.accessory else getattr(picture, name)
+
+
 def blurred(images, generator):
     """As soft and noisy as decoded latents: a classifier trained on the world's crisp edges alone would need those."""
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -78,7 +84,7 @@ def blurred(images, generator):
 def labelled_set(n, seed):
     """Images uint8 [n, 3, 64, 64] of the world, and {attribute: indices [n] of their classes}."""
     images, _, pictures = world.make_set(n, seed)
-    labels = {a: torch.tensor([classes.index(getattr(p, a)) for p in pictures]) for a, classes in CLASSES.items()}
+    labels = {a: torch.tensor([classes.index(class_of(p, a)) for p in pictures]) for a, classes in CLASSES.items()}
     return torch.from_numpy(images).permute(0, 3, 1, 2), labels
 
 
@@ -110,7 +116,7 @@ def train(minutes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6, help="training time")
+    parser.add_argument("--minutes", type=float, default=12, help="training time")
     train(parser.parse_args().minutes)
 
 

@@ -12,7 +12,7 @@ options are the same. The columns:
     gap closed       CLIP-I on a scale from the initializer token (0) to held-out images of the concept (1)
     attributes       of "a photo of a <token>", the fraction with the kind, colour and pattern of the concept (of a
                      style: in that style; of blueprint also white and on blue), the mean of these
-    accessory        of "a photo of a <token>", the fraction with the accessory of the concept (objects only)
+    accessory        of "a photo of a <token>", the fraction with the accessory of the concept in its colour (objects)
     prompts          of the editing prompts, the fraction that shows what the prompt asks for (background, two, ...)
     backgrounds      of "a photo of a <token>", the fraction with the background of a training image: much more than for
                      the initializer token means that the backgrounds were learned too (objects only)
@@ -85,10 +85,9 @@ def accuracies(concept, photos, edits):
     found = {"attribute_accuracy": mean([value in accepted[name] for name in attributes for value in photos[name]])}
     found["prompt_accuracy"] = mean(followed)
     if concept in world.OBJECT_CONCEPTS:
-        worn = [name for name in ("accessory", "accessory_colour") if name in classifier.CLASSES]
-        target_values = tuple(getattr(target, name) for name in worn)
-        seen = zip(*(photos[name] for name in worn), strict=True)
-        found["accessory_accuracy"] = mean([values == target_values for values in seen])
+        worn = (target.accessory, target.accessory_colour)
+        seen = zip(photos["accessory"], photos["accessory_colour"], strict=True)
+        found["accessory_accuracy"] = mean([values == worn for values in seen])
         backgrounds = {world.concept_picture(concept, i).background for i in range(5)}
         found["training_backgrounds"] = mean([background in backgrounds for background in photos["background"]])
     return found

@@ -218,8 +218,9 @@ def learn_vae(args, name, vae, lr):
     while going:
         picks = torch.randint(len(images), (args.vae_batch,), generator=generator)
         x = to_float(images[picks].to(device)).contiguous(memory_format=torch.channels_last)  # [B, 3, 64, 64]
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
+        with torch.autocast(device, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            y = vae.decode(posterior.sample()).sample.float()
         error = y - x
         # edges matter more than areas of flat colour: also compare differences of neighbouring pixels
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
