@@ -258,7 +258,7 @@ def test_names_that_no_file_can_have_are_a_sentence(learn, images, capsys):
 
 
 def test_odd_tensors_are_no_embedding(tmp_path):
-    nested = torch.nested.nested_tensor([torch.ones(1, 32)] * 2)
+    nested = torch.nested.nested_tensor([torch.ones(1, 32)] * 2, layout=torch.strided)
     for rows in (nested, torch.zeros(1, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)):
         torch.save({"<kat>": rows}, tmp_path / "odd.pt")
         with pytest.raises(mu.UserError, match="--embedding .*odd.pt"):
