@@ -1,8 +1,8 @@
 """The frozen model and the few numbers that are learned: everything `train.py` and `sample.py` share.
 
-From top to bottom: errors and the command line; device and precision; settings; loading CLIP, VAE and UNet; the noise
-schedule; the new token and the masked lookup that is the heart of textual inversion; prompts and images to tensors
-and back; embedding files; a model with its learned tokens.
+From top to bottom: errors and the command line; device, precision and processes; settings; loading CLIP, VAE and UNet;
+the noise schedule; the new token and the masked lookup that is the heart of textual inversion; prompts and images to
+tensors and back; files and embeddings; a model with its learned tokens.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def reason(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-# --- Device and precision ---------------------------------------------------------------------------------------------
+# --- Device, precision, processes -------------------------------------------------------------------------------------
 
 
 def choose_device(name):
@@ -199,36 +199,6 @@ def choose_dtype(precision, device):
         if precision == "bf16" and not bf16:  # PyTorch would emulate it, many times slower
             raise UserError("--precision bf16: this CPU cannot multiply in bf16; use --precision fp32.")
     return {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-
-
-def lock_folder(folder):
-    """Lock a folder for this process as long as the file that is returned is kept. (Not on Windows.)
-
-    UserError if another process has it.
-    """
-    with suppress(ImportError):
-        import fcntl
-
-        file = os.fdopen(os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", 0)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(f"--output_dir {folder} is in use by another run: name another folder.") from error
-        except OSError:  # a file system without locks
-            pass
-        return file
-
-
-def same_form(value, like):
-    """Whether what a file holds has the names, types and shapes of `like`, and finite numbers."""
-    if type(value) is not type(like):
-        return False
-    if isinstance(like, dict):
-        return value.keys() == like.keys() and all(same_form(value[name], like[name]) for name in like)
-    if isinstance(like, torch.Tensor):
-        kind = (value.shape, value.dtype, value.layout)
-        return kind == (like.shape, like.dtype, like.layout) and bool(value.isfinite().all())
-    return isinstance(like, str) or 0 <= value < 2**62
 
 
 def to_device(tensor, device):
@@ -796,7 +766,7 @@ def to_pil(images):
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-# --- Embedding files --------------------------------------------------------------------------------------------------
+# --- Files and embeddings ---------------------------------------------------------------------------------------------
 
 
 class Embedding(NamedTuple):
@@ -805,6 +775,24 @@ class Embedding(NamedTuple):
     token: str
     rows: torch.Tensor
     metadata: dict
+
+
+def lock_folder(folder):
+    """Lock a folder for this process as long as the file that is returned is kept. (Not on Windows.)
+
+    UserError if another process has it.
+    """
+    with suppress(ImportError):
+        import fcntl
+
+        file = os.fdopen(os.open(Path(folder, ".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+", 0)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"--output_dir {folder} is in use by another run: name another folder.") from error
+        except OSError:  # a file system without locks
+            pass
+        return file
 
 
 def atomic_write(path, write):
@@ -937,6 +925,18 @@ def _read_tensors(path, what):
     except Exception as error:
         raise UserError(f"{what} is damaged or holds more than numbers; nothing in it was run.") from error
     raise UserError(f"{what} is no embedding file; it has {size} bytes and begins with {data[:8]!r}.")
+
+
+def same_form(value, like):
+    """Whether what a file holds has the names, types and shapes of `like`, and finite numbers."""
+    if type(value) is not type(like):
+        return False
+    if isinstance(like, dict):
+        return value.keys() == like.keys() and all(same_form(value[name], like[name]) for name in like)
+    if isinstance(like, torch.Tensor):
+        kind = (value.shape, value.dtype, value.layout)
+        return kind == (like.shape, like.dtype, like.layout) and bool(value.isfinite().all())
+    return isinstance(like, str) or 0 <= value < 2**62
 
 
 def load_pickle(data):
