@@ -419,10 +419,10 @@ class Run:
 
     def checkpoint(self):
         """What state.pt holds (a few KB): what learns, the number of steps done, and what it belongs to."""
-        tensors = {"rows": self.learned_rows.data, **{f"adamw_{name}": self.moments[name] for name in self.moments}}
+        learned = {"rows": self.learned_rows.data} | {f"adamw_{name}": x for name, x in self.moments.items()}
         belongs_to = {"token": self.args.placeholder_token, "images": self.dataset.fingerprint}
         belongs_to["model"] = self.model_fingerprint
-        return {"step": self.step, "scaler": self.scaler.state_dict(), **tensors, **belongs_to}
+        return {"step": self.step, "scaler": self.scaler.state_dict(), **learned, **belongs_to}
 
     def restore(self):
         """Load the checkpoint, and log and previews up to its step. UserError if it is damaged or of another run."""
@@ -435,7 +435,7 @@ class Run:
             raise
         except Exception as error:
             remedy = "start anew with --overwrite"
-            raise UserError(f"--resume: {path} is damaged or of another kind of run; {remedy}.") from error
+            raise UserError(f"--resume: {path} is damaged, or of another version or run; {remedy}.") from error
         if state["images"] != own["images"]:
             what = f"--images {self.args.images}: these are not the images, masks or captions"
             raise UserError(f"{what} that {self.folder} began with.")
