@@ -469,7 +469,7 @@ def main():
     parser.add_argument(
         "--minutes",
         type=float,
-        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 78 scorer, 18 decoder)",
+        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 78 scorer, 58 decoder)",
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=Path(mu.DEFAULT_MODEL), help="folder to export the model to")
@@ -486,7 +486,7 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 78, "decoder": 18}.get(stage, 0)
+        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 78, "decoder": 58}.get(stage, 0)
         torch.manual_seed(0)
         STAGES[stage](args)
 
