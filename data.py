@@ -233,7 +233,7 @@ def _own_captions(path, token):
 def _read_lines(path, option):
     try:
         if not Path(path).is_file():  # a fifo would wait
-            raise OSError("it is no file")
+            raise OSError("not a regular file")
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{option}: {str(path)!r} cannot be read ({error}); give a file of UTF-8 text.") from error

@@ -8,7 +8,6 @@ tensors and back; files and embeddings; a model with its learned tokens.
 import argparse
 import base64
 import difflib
-import errno
 import gc
 import hashlib
 import io
@@ -75,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         """Like argparse, with one line for an unknown option, and for one that is no text."""
         for word in [*argv, os.getcwd()]:
             if not word.isascii() and word != word.encode(errors="replace").decode():
-                self.error(f"{word!r} is not UTF-8: rename the file or folder, or type it anew.")
+                self.error(f"{word!r} is not UTF-8: rename the file or folder, or retype the option.")
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -87,7 +86,7 @@ class Parser(argparse.ArgumentParser):
 def path(text):
     """Type of an argparse option that names a file or folder."""
     if not text:
-        raise argparse.ArgumentTypeError("is empty: name a file or folder, or leave the option out")
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave the option out")
     return os.path.expanduser(text)  # a shell leaves --images=~/cat as it is
 
 
@@ -114,19 +113,15 @@ def run_main(script, argv, memory_advice):
         try:
             script(sys.argv[1:] if argv is None else argv)
         finally:
-            if sys.stdout:  # a daemon's is closed
-                sys.stdout.flush()
+            flush_output()
     except (UserError, OSError, UnicodeEncodeError, RuntimeError, MemoryError) as error:
-        message = str(error).lower()
         if isinstance(error, OSError) and error.filename is not None:  # no permission, a name that is too long
             error = f"{error.filename}: {error.strerror}; check the path and its permissions."
         elif isinstance(error, UnicodeEncodeError):
             error = f"a name is not UTF-8 ({error.object[:200]!r}): rename the file or folder."
-        elif isinstance(error, MemoryError) or "out of memory" in message or "allocate memory" in message:
+        elif is_out_of_memory(error):
             error = f"out of memory: {memory_advice}."
         elif isinstance(error, OSError):
-            if error.errno in (errno.EPIPE, errno.ENOSPC):  # of `| head`, or a full disk behind `>`:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left at its end
             error = f"input or output failed ({reason(error)}); files that were saved are kept."
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             error = f"--compile: PyTorch cannot compile on this machine ({reason(error)}); leave it out."
@@ -139,9 +134,26 @@ def run_main(script, argv, memory_advice):
         sys.exit(130)
 
 
+def flush_output():
+    """Write what Python has kept of stdout. OSError after `| head`, or if the disk behind `>` is full."""
+    try:
+        if sys.stdout:  # None without a console
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries again when it ends
+        raise
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory has run out, on any device."""
+    message = str(error).lower()
+    is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return is_known or "out of memory" in message or "allocate memory" in message
+
+
 @contextmanager
 def catch_ctrl_c():
-    """Yield a list that the first Ctrl-C fills, to be checked once per step; the second ends the program."""
+    """Yield a list that is empty until the first Ctrl-C, to be checked once per step; the second ends the program."""
     pressed = []
 
     def press(*_):
@@ -159,7 +171,7 @@ def catch_ctrl_c():
 
 
 def printable(text):
-    """A text without the control characters with which a stranger's file could take over a terminal."""
+    """The text with '?' for unprintable characters, so that a stranger's file cannot send terminal escapes."""
     return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
@@ -209,14 +221,15 @@ def to_device(tensor, device):
 
 def join_processes(device):
     """Under torchrun, join the other processes of the run -> rank, number of processes; without it 0, 1."""
-    if not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if not {"WORLD_SIZE", "RANK"} <= os.environ.keys():
         return 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"RANK and WORLD_SIZE do not work ({reason(error)}): use torchrun, or unset them.") from error
+    except (KeyError, ValueError, RuntimeError) as error:
+        what = f"cannot join the processes of RANK and WORLD_SIZE ({reason(error)})"
+        raise UserError(f"{what}: start them with torchrun, or unset both.") from error
     if dist.get_rank() > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
@@ -231,12 +244,6 @@ def sum_over_processes(tensor):
             what = "another process of this run has ended"
             raise UserError(f"{what} ({reason(error)}); what was saved is kept: continue with --resume.") from error
     return tensor
-
-
-def compile_unet(unet):
-    """torch.compile: the first step takes minutes, unless an earlier run has compiled it; later steps are faster."""
-    warnings.filterwarnings("ignore", message="Dynamo detected")  # about diffusers' code, nothing a user can change
-    return torch.compile(unet)
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -408,9 +415,9 @@ def _load_part(part_class, part, model, **options):
     try:
         with warnings.catch_warnings(action="ignore"):  # deprecations inside the libraries are not the user's concern
             return part_class.from_pretrained(str(model), **options)
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:  # tokenizers can panic
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
+            raise
         raise _unloadable(model, part, reason(error)) from error
 
 
@@ -454,9 +461,9 @@ def _refuse_missing(option, name):
 
 
 def check_parts(model, vae=None, text_encoder=None, unet=None, latents=None):
-    """UserError if parts of a model fail or do not fit each other: encodes and decodes a small image, calls the UNet.
+    """UserError if parts of a model fail or do not fit each other, or if the UNet ignores the text.
 
-    latents [1, 4, h, w]: for the UNet, if there is no VAE.
+    A pass of the parts that are given with a small image; latents [1, 4, h, w] for the UNet if there is no VAE.
     """
     try:
         if vae is not None:
@@ -465,13 +472,14 @@ def check_parts(model, vae=None, text_encoder=None, unet=None, latents=None):
             vae.decode(latents)
         if unet is not None:
             token_ids = torch.zeros(1, text_encoder.config.max_position_embeddings, dtype=torch.long)
-            text_embeddings = encode_tokens(text_encoder, token_ids).to(unet.dtype).requires_grad_()
-            noise_pred = unet(latents[..., :16, :16].to(unet.device, unet.dtype), 0, text_embeddings).sample
+            with torch.enable_grad():
+                text_embeddings = encode_tokens(text_encoder, token_ids).to(unet.dtype).requires_grad_()
+                noise_pred = unet(latents[..., :16, :16].to(unet.device, unet.dtype), 0, text_embeddings).sample
             if not noise_pred.requires_grad:
-                raise ValueError("the UNet does not look at the text")
-    except torch.OutOfMemoryError:
-        raise
+                raise ValueError("the UNet ignores the text embeddings")
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"--model {model}: its parts do not fit ({reason(error)}); take another checkpoint.") from error
 
 
@@ -641,10 +649,10 @@ def initial_rows(tokenizer, table, text, num_vectors, seed):
     token_ids = initializer_ids(tokenizer, text)
     if any(i >= len(table) for i in token_ids):
         raise UserError(f"--initializer_token {text!r} holds the new token itself; choose a word such as cat.")
-    if not token_ids and not Path(text).exists():  # never from the Hub: a stranger's run may name it
-        raise UserError(f"--initializer_token {text}: no such file (was it moved?); name an embedding file or a word.")
     if token_ids:
         rows = table[token_ids].float()
+    elif not Path(text).exists():  # never from the Hub: a stranger's run may name it
+        raise UserError(f"--initializer_token {text}: no such file (was it moved?); name an embedding file or a word.")
     else:
         rows = load_embedding(text, "<initializer>", table.shape[1], "--initializer_token").rows.to(table.device)
     if num_vectors == 1:
@@ -877,7 +885,6 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
 
 
 def _find_embedding_file(source, option):
-    _refuse_missing(option, source)
     if Path(source).is_file():
         return Path(source)
     if not Path(source).is_dir():
@@ -940,22 +947,26 @@ def same_form(value, like):
 
 
 def load_pickle(data):
-    """torch.load of bytes, which can run no code. ValueError for tuples in tuples, whose hash may never end."""
-    stream = io.BytesIO(data)
+    """torch.load of bytes, which can run no code.
+
+    ValueError for a tuple that is used twice: hashing tuples nested that way takes exponential time.
+    """
+    stream, pickles = io.BytesIO(data), 5  # an old file: magic number, version, system, content, keys; then numbers
     if data.startswith(b"PK"):
         with zipfile.ZipFile(stream) as file:
             if sum(entry.file_size for entry in file.infolist()) > MAX_FILE_BYTES:
                 raise ValueError("it is too large")
-            stream = io.BytesIO(b"".join(file.read(name) for name in file.namelist() if name.endswith(".pkl")))
-    tuples, before = set(), ""
-    while stream.read(1) == b"\x80":  # old files hold several pickles, then the numbers
-        stream.seek(-1, io.SEEK_CUR)
+            (name,) = [name for name in file.namelist() if name.lower().endswith("/data.pkl")]
+            stream, pickles = io.BytesIO(file.read(name)), 1
+    for _ in range(pickles):
+        tuples, before = set(), ""
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name.endswith("PUT") and before.startswith("TUPLE"):
                 tuples.add(argument)
             elif opcode.name.endswith("GET") and argument in tuples:
                 raise ValueError("it uses a tuple twice")
-            before = opcode.name
+            elif opcode.name != "PROTO":
+                before = opcode.name
     # weights_only: a pickle may otherwise run any program. ParameterDict: the container in the paper's files
     with torch.serialization.safe_globals([nn.ParameterDict]):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

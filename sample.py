@@ -412,7 +412,7 @@ def run(args):
         return export(args.export, embeddings)
     named = Path(*sources[:1])
     folder = next((path for path in (named, named.parent) if path.is_dir()), Path())  # a Hub id has none
-    config = mu.read_config(folder) if sources else {}  # what train.py stored
+    config = mu.read_config(folder) if named.exists() and sources else {}  # what train.py stored
     metadata = {} if config or not sources else mu.load_embedding(sources[0], names[0] if names else None).metadata
     learned_on = config.get("model") or mu.model_of_name(metadata.get("base_model"))
     model, device = args.model or learned_on or mu.DEFAULT_MODEL, mu.choose_device(args.device)

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -117,8 +118,8 @@ def load_dataset(args, tokenizer, placeholders, device):
     token_ids = mu.tokenize(tokenizer, captions, placeholders)  # [captions, L]
     for caption, ids in zip(captions, token_ids.tolist(), strict=True):
         if placeholders[args.placeholder_token][0] not in ids:  # it would learn nothing
-            what = f"the caption {caption!r} does not hold {args.placeholder_token!r} as a word of its own"
-            raise UserError(f"--templates: {what}; put spaces around it, or take a token such as '<kat>'.")
+            what = f"--placeholder_token {args.placeholder_token!r} is no word of its own in the caption {caption!r}"
+            raise UserError(f"{what}; put spaces around it, or take a token such as '<kat>'.")
     fingerprint, summary = hashlib.sha256(images.numpy()), f"{len(images)} images"
     if source:
         fingerprint.update(repr((captions, choices.tolist())).encode())
@@ -223,15 +224,15 @@ def announce(run, device, vocabulary_rms):
 
 
 def learning_rates(args):
-    """Those of all steps, or of 10,000 of them."""
+    """The learning rates of all steps, or of at least 10,000 evenly spaced ones."""
     return [learning_rate(step, args) for step in range(0, args.steps, max(1, args.steps // 10_000))]
 
 
-def describe_rows(learned_rows, init_rows, table, tokenizer):
+def describe_rows(learned_rows, init_rows, table, vocabulary_norm, tokenizer):
     """Logged statistics of the embedding: norm, cosine to the initializer, nearest tokens of the vocabulary."""
     return {
         "embedding_norm": learned_rows.norm(dim=1).mean().item(),
-        "vocabulary_norm": table.float().norm(dim=1).median().item(),
+        "vocabulary_norm": vocabulary_norm,
         "cosine_to_init": torch.cosine_similarity(learned_rows, init_rows).mean().item(),
         "nearest": mu.nearest_tokens(tokenizer, table, learned_rows),
     }
@@ -251,7 +252,7 @@ def preview(components, run):
         images = sample.generate(components, [prompt] * len(seeds), seeds, progress=False, **settings)
         run.add_preview(list(images))
     except (UserError, OSError, RuntimeError, MemoryError) as error:  # no memory left, a full disk
-        print(f"warning: no preview of step {run.step} ({error})", file=sys.stderr)
+        print(mu.printable(f"warning: no preview of step {run.step} ({error})"), file=sys.stderr)
 
 
 def train(args):
@@ -282,7 +283,8 @@ def train(args):
     init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
     components = mu.Components(tokenizer, text_encoder, None, unet, schedule, placeholders)
-    training = components._replace(unet=mu.compile_unet(unet)) if args.compile else components
+    warnings.filterwarnings("ignore", message="Dynamo detected")  # about diffusers' code, nothing a user can change
+    training = components._replace(unet=torch.compile(unet)) if args.compile else components
 
     # 2. The optimizer, and the run's folder, which restores what learns if it is resumed
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no sync with CUDA
@@ -302,6 +304,7 @@ def train(args):
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None)  # None: if no terminal
+    vocabulary_norm = table.float().norm(dim=1).median().item()
     start, finished, stopped = run.step, run.step >= args.steps or run.has_converged(), False
     with mu.catch_ctrl_c() as interrupted, bar:
         while not finished:
@@ -333,7 +336,7 @@ def train(args):
             row["loss_by_timestep"] = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
             row |= {"lr": lr, "grad_norm": grad_norm.item()}
             row["skipped_steps"] = run.step - int(run.moments["step"])
-            run.log(row | describe_rows(learned_rows, init_rows, table, tokenizer), bar)
+            run.log(row | describe_rows(learned_rows, init_rows, table, vocabulary_norm, tokenizer), bar)
             finished = finished or run.has_converged()
             if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not stopped:
                 preview(components, run)
@@ -345,7 +348,7 @@ def train(args):
                 raise UserError(f"{count} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
 
     # 4. How well it went
-    if processes > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if stopped or interrupted:
         command = f"python train.py --resume --output_dir {mu.quote(run.folder.as_posix())}"
@@ -387,7 +390,7 @@ class Run:
         self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", [], None
         # AdamW makes its moments at the first step; made here, a checkpoint has the same form from the start
         self.moments = {name: torch.zeros_like(learned_rows) for name in ("exp_avg", "exp_avg_sq")}
-        self.moments["step"] = torch.zeros((), device=learned_rows.device)  # those that were not skipped
+        self.moments["step"] = torch.zeros((), device=learned_rows.device)  # steps that were not skipped
         optimizer.state[learned_rows] = self.moments
         self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
         self.lock = mu.lock_folder(self.folder) if rank == 0 else None
@@ -427,22 +430,24 @@ class Run:
     def restore(self):
         """Load the checkpoint, and log and previews up to its step. UserError if it is damaged or of another run."""
         path, own = self.folder / "state.pt", self.checkpoint()
+        content = path.read_bytes()
+        began_with = {
+            "images": f"--images {self.args.images}: these are not the images, masks or captions",
+            "model": f"--model {self.args.model}: this is not the model",
+            "token": f"{path}: {own['token']!r} in config.json is not the token",
+        }
         try:
-            state = mu.load_pickle(path.read_bytes())
+            state = mu.load_pickle(content)
+            for name, what in began_with.items():
+                if isinstance(state[name], str) and state[name] != own[name]:
+                    raise UserError(f"{what} that {self.folder} began with.")
             if not mu.same_form(state, own):
                 raise ValueError
-        except OSError:  # not readable: run_main says why
+        except UserError:
             raise
         except Exception as error:
             remedy = "start anew with --overwrite"
-            raise UserError(f"--resume: {path} is damaged, or of another version or run; {remedy}.") from error
-        if state["images"] != own["images"]:
-            what = f"--images {self.args.images}: these are not the images, masks or captions"
-            raise UserError(f"{what} that {self.folder} began with.")
-        if state["model"] != own["model"]:
-            raise UserError(f"--model {self.args.model}: this is not the model that {self.folder} began with.")
-        if state["token"] != own["token"]:
-            raise UserError(f"--resume: {path} is not of the run in config.json; start another run.")
+            raise UserError(f"--resume: {path} is damaged, or of another version; {remedy}.") from error
         for name, value in own.items():
             if isinstance(value, torch.Tensor):
                 value.copy_(state[name])
@@ -599,6 +604,11 @@ FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can
 COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
 
 
+def initializer(text):
+    """Type of --initializer_token: a word, or the full path of an embedding file."""
+    return str(Path(mu.path(text)).resolve()) if Path(text).suffix in mu.EMBEDDING_SUFFIXES else mu.path(text)
+
+
 def build_parser():
     parser = mu.Parser("Teach a frozen Stable Diffusion a new token from a few images (textual inversion).")
     add = parser.add_argument_group("model and concept").add_argument
@@ -614,7 +624,7 @@ def build_parser():
     add("--templates", type=mu.path, help="file of captions, one a line, with {} for the token (default: built-in "
         "ones, or for NAME.jpg the lines of NAME.txt beside it, where the token is put in front if there is no {})")
     add("--placeholder_token", default="<kat>", help="the new token")
-    add("--initializer_token", type=mu.path,
+    add("--initializer_token", type=initializer,
         help="word (or embedding file) that the new token starts as (default: cat, for the kat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
     add("--num_vectors", type=mu.number(int, 1, mu.MAX_VECTORS), default=1, help="embedding vectors of the token")
@@ -689,16 +699,14 @@ def parse_options(argv):
         print(f"{note}, such as CompVis/stable-diffusion-v1-4", file=sys.stderr)
     args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
-    if Path(args.initializer_token).suffix in mu.EMBEDDING_SUFFIXES:  # a file, to be found from any folder
-        args.initializer_token = str(Path(args.initializer_token).resolve())
     if args.output_dir and not args.resume:
         folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
         if images in [folder, *folder.parents] or (images.is_file() and images.parent == folder):
-            why = f"is where --images {args.images} are: they would be mixed up with its own"
+            why = f"lies in --images {args.images}: its own would be mixed up with them"
             raise UserError(f"--output_dir {args.output_dir} {why}; name a folder elsewhere.")
     epochs = 0 if args.steps else args.num_train_epochs
-    index = mu.Settings(Path(args.model, "model_index.json"))
-    args.recipe = args.recipe or index.get("_recipe", "notebook", list(RECIPES))
+    if not args.recipe:
+        args.recipe = mu.Settings(Path(args.model, "model_index.json")).get("_recipe", "notebook", list(RECIPES))
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -771,7 +779,7 @@ def refuse_to_overwrite(folder, overwrite=False):
     has_learned = bool({"state.pt", *EMBEDDING_FILES} & set(held))  # else it failed before it saved
     if not held or (is_run and (overwrite or not has_learned)):
         return
-    what = "a run: add --resume or --overwrite, or" if is_run else f"'{held[0]}' and is no run's:"
+    what = "a run: add --resume or --overwrite, or" if is_run else f"'{held[0]}' and is not a run's folder:"
     raise UserError(f"--output_dir {folder} holds {what} name another.")
 
 

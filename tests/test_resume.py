@@ -191,7 +191,13 @@ def test_resume_keeps_every_option(learn, tmp_path, monkeypatch, flag):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", sys)  # as if it were installed
     config = {"model": "mini_sd", "lr": 0.125, "recipe": "notebook"}
     for action in train.build_parser()._actions:
-        value = flag if action.nargs == 0 else 7 if action.type not in (None, mu.path) else "-dashed words"
+        value = (
+            flag
+            if action.nargs == 0
+            else 7
+            if action.type not in (None, mu.path, train.initializer)
+            else "-dashed words"
+        )
         config.setdefault(action.dest, [*action.choices][-1] if action.choices else value)
     for name in train.NOT_STORED | {"help", "output_dir"}:
         config.pop(name)

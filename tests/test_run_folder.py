@@ -44,7 +44,7 @@ def test_files_of_another_program_are_not_overwritten(learn, name):
     content = b'{"precious": "to someone"}'
     Path("old", name).write_bytes(content)
     for options in ([], ["--overwrite"]):
-        with pytest.raises(mu.UserError, match=f"--output_dir old holds '{name}' and is no run's: name another"):
+        with pytest.raises(mu.UserError, match=f"holds '{name}' and is not a run's folder: name another"):
             learn(*options, out="old")
     assert Path("old", name).read_bytes() == content
 
