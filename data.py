@@ -78,7 +78,7 @@ def read_image(path, resolution):
     ValueError with the reason if the file cannot be read.
     """
     pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own limit refuses 200 megapixels
-    formats, start = FORMATS, b""
+    formats = FORMATS
     with contextlib.suppress(ImportError):
         import pillow_heif  # optional, for the HEIC files of iPhones
 

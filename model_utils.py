@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv):
-        """Like argparse, with one line for an unknown option, and for one that is no text."""
+        """Like argparse, with one line for an unknown option, and for a name that is not UTF-8."""
         for word in [*argv, os.getcwd()]:
             if not word.isascii() and word != word.encode(errors="replace").decode():
                 self.error(f"{word!r} is not UTF-8: rename the file or folder, or retype the option.")
@@ -558,7 +558,7 @@ class NoiseSchedule:
 SUPPORTED = {
     **dict.fromkeys(["thresholding", "use_karras_sigmas", "use_exponential_sigmas"], [False, None]),
     **dict.fromkeys(["use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"], [False, None]),
-    "algorithm_type": ["dpmsolver++", "deis"],  # to diffusers' DPM-Solver++ the second is the first; so below
+    "algorithm_type": ["dpmsolver++", "deis"],  # diffusers' DPM-Solver++ takes 'deis' as this; so below
     "solver_type": ["midpoint", "logrho", "bh1", "bh2"],
     "solver_order": [2],
     "final_sigmas_type": ["zero"],
@@ -935,7 +935,7 @@ def _read_tensors(path, what):
 
 
 def same_form(value, like):
-    """Whether what a file holds has the names, types and shapes of `like`, and finite numbers."""
+    """Whether what a file holds has the names, types and shapes of `like`; tensors finite, numbers in [0, 2**62)."""
     if type(value) is not type(like):
         return False
     if isinstance(like, dict):

@@ -260,11 +260,11 @@ def load_clip(model, score_model=None, device="cpu"):
     size = settings.entries.get("crop_size")
     settings.entries["crop_size"] = size.get("height") if isinstance(size, dict) else size  # old files: a number
     mean, std = settings.numbers("image_mean", 3, 0, 1), settings.numbers("image_std", 3, 1e-3, 1)
-    size = settings.get("crop_size", None, int, 1, 10_000)
-    if size != clip.config.vision_config.image_size:
+    crop_size = settings.get("crop_size", None, int, 1, 10_000)
+    if crop_size != clip.config.vision_config.image_size:
         what = "not what its CLIP takes; take another --score_model"
-        raise UserError(f"{settings.path}: 'crop_size' is {size}, {what}.")
-    return Clip(clip, tokenizer, size, mean, std, name)
+        raise UserError(f"{settings.path}: 'crop_size' is {crop_size}, {what}.")
+    return Clip(clip, tokenizer, crop_size, mean, std, name)
 
 
 @torch.no_grad()
@@ -423,7 +423,8 @@ def run(args):
     dtype = mu.choose_dtype(args.precision, device)
     print(f"model      {mu.printable(model)}")
     components = mu.load_components(model, device, dtype, **source, embeddings=embeddings)
-    for token, file in zip(components.placeholders, sources, strict=True):
+    learned_from = dict(zip(components.placeholders, sources, strict=True))
+    for token, file in learned_from.items():
         print(f"token      {token} ({mu.printable(file)})")
 
     # 2. The settings: as given, else as the model's folder advises, else as usual with Stable Diffusion
@@ -458,13 +459,10 @@ def run(args):
     count, out = args.num_images or 4, Path(args.output_dir or folder / "samples")
     each_prompt = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(args.seed, args.seed + len(each_prompt))
-    learned_from = dict(zip(components.placeholders, sources, strict=True))
     stored = {**settings, "model": mu.name_of_model(model), "embeddings": learned_from}
     images = []
-    for prompt, seed, image in zip(
-        each_prompt, seeds, generate(components, each_prompt, seeds, **settings), strict=True
-    ):
-        save_next(image, out, "", {"prompt": prompt, "seed": seed, **stored})
+    for i, image in enumerate(generate(components, each_prompt, seeds, **settings)):
+        save_next(image, out, "", {"prompt": each_prompt[i], "seed": seeds[i], **stored})
         images.append(image)
     if len(images) > 1:
         grid = image_grid(images, count if len(prompts) > 1 else math.ceil(count**0.5), prompts)

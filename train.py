@@ -219,8 +219,8 @@ def announce(run, device, vocabulary_rms):
     recipe.lr = recipe.lr or vocabulary_rms
     total, usual = args.steps * np.mean(rates), recipe.steps * np.mean(learning_rates(recipe))
     if args.steps >= 50 and not 0.4 < total / usual < 2.5:
-        sums = f"the learning rates add up to {total:.2g} and {usual:.2g}"
-        print(f"note: --steps and --lr are far from --recipe {args.recipe} ({sums}): may learn too little or too much")
+        far = f"--steps and --lr are far from --recipe {args.recipe}: the token may be under- or overfitted"
+        print(f"note: {far} (the learning rates add up to {total:.2g} and {usual:.2g})")
 
 
 def learning_rates(args):
@@ -283,8 +283,10 @@ def train(args):
     init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
     components = mu.Components(tokenizer, text_encoder, None, unet, schedule, placeholders)
-    warnings.filterwarnings("ignore", message="Dynamo detected")  # about diffusers' code, nothing a user can change
-    training = components._replace(unet=torch.compile(unet)) if args.compile else components
+    training = components
+    if args.compile:
+        warnings.filterwarnings("ignore", message="Dynamo detected")  # about diffusers' code, not the user's
+        training = components._replace(unet=torch.compile(unet))
 
     # 2. The optimizer, and the run's folder, which restores what learns if it is resumed
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no sync with CUDA
@@ -340,12 +342,12 @@ def train(args):
             finished = finished or run.has_converged()
             if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not stopped:
                 preview(components, run)
-            last = finished or bool(bad_steps >= MAX_BAD_STEPS)
+            bad = int(bad_steps)
+            last = finished or bad >= MAX_BAD_STEPS
             if last or run.is_due(args.save_steps):
                 run.save(last)
-            if bad_steps >= MAX_BAD_STEPS:
-                count = int(bad_steps)
-                raise UserError(f"{count} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
+            if bad >= MAX_BAD_STEPS:
+                raise UserError(f"{bad} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
 
     # 4. How well it went
     if torch.distributed.is_initialized():
@@ -392,10 +394,12 @@ class Run:
         self.moments = {name: torch.zeros_like(learned_rows) for name in ("exp_avg", "exp_avg_sq")}
         self.moments["step"] = torch.zeros((), device=learned_rows.device)  # steps that were not skipped
         optimizer.state[learned_rows] = self.moments
-        self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
-        self.lock = mu.lock_folder(self.folder) if rank == 0 else None
-        if rank == 0 and not args.resume:  # another run may have begun and ended since the options were read
-            refuse_to_overwrite(self.folder, args.overwrite)
+        self.folder, self.lock = Path(args.output_dir or "runs"), None
+        if rank == 0:
+            self.folder = claim_folder(args)
+            self.lock = mu.lock_folder(self.folder)
+            if not args.resume:  # another run may have begun and ended since the options were read
+                refuse_to_overwrite(self.folder, args.overwrite)
         resumed = args.resume and (self.folder / "state.pt").exists()  # killed before its first save: anew
         if resumed:
             self.restore()
@@ -588,11 +592,10 @@ RECIPES = {
 
 # What may change when a run is resumed; anything else would change its course. More --steps stretch a decaying rate.
 # Of the files, which may have moved, the contents are compared: images, masks, captions, weights.
-FREE_TO_CHANGE = set(
-    """steps save_steps log_steps preview_steps preview_prompt num_validation_images save_bin score
-tensorboard early_stop compile gradient_checkpointing device output_dir images masks templates model""".split()
-)
-NOT_STORED = set("resume overwrite num_train_epochs repeats report_to no_effect".split())
+FREE_TO_CHANGE = {*"steps save_steps log_steps preview_steps preview_prompt num_validation_images save_bin".split()}
+FREE_TO_CHANGE |= {*"score tensorboard early_stop compile gradient_checkpointing device output_dir".split()}
+FREE_TO_CHANGE |= {*"images masks templates model".split()}
+NOT_STORED = {*"resume overwrite num_train_epochs repeats report_to no_effect".split()}
 
 # Options of diffusers' script that change nothing here: accepted, and named in one line.
 NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf32 --use_8bit_adam --tokenizer_name
@@ -606,7 +609,8 @@ COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1
 
 def initializer(text):
     """Type of --initializer_token: a word, or the full path of an embedding file."""
-    return str(Path(mu.path(text)).resolve()) if Path(text).suffix in mu.EMBEDDING_SUFFIXES else mu.path(text)
+    name = mu.path(text)
+    return str(Path(name).resolve()) if Path(name).suffix in mu.EMBEDDING_SUFFIXES else name
 
 
 def build_parser():
@@ -702,7 +706,7 @@ def parse_options(argv):
     if args.output_dir and not args.resume:
         folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
         if images in [folder, *folder.parents] or (images.is_file() and images.parent == folder):
-            why = f"lies in --images {args.images}: its own would be mixed up with them"
+            why = f"lies in --images {args.images}: its images would be mixed up with them"
             raise UserError(f"--output_dir {args.output_dir} {why}; name a folder elsewhere.")
     epochs = 0 if args.steps else args.num_train_epochs
     if not args.recipe:
