@@ -23,8 +23,6 @@ import sys
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +40,7 @@ DEFAULT_MODEL = str(Path(__file__).with_name("mini_sd"))
 
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}  # by embedding width
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_VECTORS = 75  # CLIP reads 77 tokens, two of which mark start and end
 MAX_FILE_BYTES = 64 * 2**20  # an embedding is a few KB; whole checkpoints begin at hundreds of MB
 
@@ -71,10 +70,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv):
-        """Like argparse, with one line for an unknown option, and for a name that is not UTF-8."""
+        """Like argparse, with one line for an unknown option. UnicodeEncodeError if a name is not UTF-8."""
         for word in [*argv, os.getcwd()]:
-            if not word.isascii() and word != word.encode(errors="replace").decode():
-                self.error(f"{word!r} is not UTF-8: rename the file or folder, or retype the option.")
+            word.encode()
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].split("=")[0]
@@ -96,8 +94,7 @@ def number(kind, low, high=math.inf):
     def convert(text):
         value = kind(text)  # argparse reports its ValueError
         if not low <= value <= high:  # NaN is not
-            limit = f"at most {high}" if value > high else f"{low} or more"
-            raise argparse.ArgumentTypeError(f"must be {limit}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return value
 
     convert.__name__ = kind.__name__
@@ -113,16 +110,14 @@ def run_main(script, argv, memory_advice):
         try:
             script(sys.argv[1:] if argv is None else argv)
         finally:
-            flush_output()
+            flush_stdout()
     except (UserError, OSError, UnicodeEncodeError, RuntimeError, MemoryError) as error:
-        if isinstance(error, OSError) and error.filename is not None:  # no permission, a name that is too long
-            error = f"{error.filename}: {error.strerror}; check the path and its permissions."
-        elif isinstance(error, UnicodeEncodeError):
-            error = f"a name is not UTF-8 ({error.object[:200]!r}): rename the file or folder."
-        elif is_out_of_memory(error):
+        if is_out_of_memory(error):
             error = f"out of memory: {memory_advice}."
-        elif isinstance(error, OSError):
-            error = f"input or output failed ({reason(error)}); files that were saved are kept."
+        elif isinstance(error, OSError):  # no permission, a name that is too long, a full disk
+            error = f"input or output failed ({reason(error)}): check the path, its permissions and the disk."
+        elif isinstance(error, UnicodeEncodeError):
+            error = f"{error.object[:200]!r} is not UTF-8: rename the file or folder, or retype the option."
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             error = f"--compile: PyTorch cannot compile on this machine ({reason(error)}); leave it out."
         elif not isinstance(error, UserError):
@@ -134,11 +129,10 @@ def run_main(script, argv, memory_advice):
         sys.exit(130)
 
 
-def flush_output():
-    """Write what Python has kept of stdout. OSError after `| head`, or if the disk behind `>` is full."""
+def flush_stdout():
+    """Print what Python still holds back. OSError after `| head`, or if the disk behind `>` is full."""
     try:
-        if sys.stdout:  # None without a console
-            sys.stdout.flush()
+        print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries again when it ends
         raise
@@ -146,9 +140,8 @@ def flush_output():
 
 def is_out_of_memory(error):
     """Whether an exception says that memory has run out, on any device."""
-    message = str(error).lower()
     is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return is_known or "out of memory" in message or "allocate memory" in message
+    return is_known or bool(re.search("(out of|allocate) memory", str(error), re.IGNORECASE))
 
 
 @contextmanager
@@ -228,8 +221,7 @@ def join_processes(device):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        what = f"cannot join the processes of RANK and WORLD_SIZE ({reason(error)})"
-        raise UserError(f"{what}: start them with torchrun, or unset both.") from error
+        raise UserError(f"cannot join the processes of RANK ({reason(error)}): use torchrun, or unset RANK.") from error
     if dist.get_rank() > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
@@ -241,8 +233,8 @@ def sum_over_processes(tensor):
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
-            what = "another process of this run has ended"
-            raise UserError(f"{what} ({reason(error)}); what was saved is kept: continue with --resume.") from error
+            why = reason(error)
+            raise UserError(f"another process of this run has ended ({why}): continue with --resume.") from error
     return tensor
 
 
@@ -255,10 +247,10 @@ def read_json(path):
         content = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
         if "\\u0000" in json.dumps(content, ensure_ascii=False).encode().decode():  # no name can hold it
             raise ValueError("it holds a zero character")
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}): correct or remove it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: correct or remove it.")
     return content
 
 
@@ -288,10 +280,8 @@ class Settings:
     def numbers(self, name, count, low, high):
         """The entry `name`, a list of `count` numbers from low to high. UserError if it is anything else."""
         values = self.get(name, None, list)
-        right = [isinstance(value, (int, float)) and low <= value <= high for value in values]
-        if len(values) != count or not all(right):
-            what = f"no list of {count} numbers from {low:g} to {high:g}"
-            raise UserError(f"{self.path}: '{name}' is {what}; correct it or take another checkpoint.")
+        if len(values) != count or not all(isinstance(n, (int, float)) and low <= n <= high for n in values):
+            raise UserError(f"{self.path}: '{name}' is not {count} numbers from {low:g} to {high:g}; correct it.")
         return values
 
 
@@ -317,7 +307,7 @@ def read_config(folder):
         settings.get(name, "", str)
     settings.get("resolution", 512, int, 1, 8192)
     settings.get("learnable_property", "object", ["object", "style"])
-    return settings.entries | {"model": model_of_name(settings.get("model", "", str))}
+    return settings.entries | {"model": model_of_name(settings.entries.get("model", ""))}
 
 
 def name_of_model(model):
@@ -329,12 +319,12 @@ def name_of_model(model):
 
 def refuse_download(model, revision=None, variant=None):
     """UserError if a model that a file names, and not the user, is not on this machine."""
-    if not Path(model).exists():
-        with suppress(Exception):  # no Hub id
-            weights = f"diffusion_pytorch_model.{variant}.safetensors" if variant else "config.json"
-            cached = huggingface_hub.try_to_load_from_cache(str(model), f"unet/{weights}", revision=revision)
-            if isinstance(cached, str):
-                return
+    if Path(model).exists():
+        return
+    file, cached = f"diffusion_pytorch_model.{variant}.safetensors" if variant else "config.json", None
+    with suppress(Exception):  # no Hub id
+        cached = huggingface_hub.try_to_load_from_cache(str(model), f"unet/{file}", revision=revision)
+    if not isinstance(cached, str):
         raise UserError(f"the token was learned on {model!r}, not found here (was it moved?): name it with --model.")
 
 
@@ -348,13 +338,12 @@ def model_of_name(name):
 
 def load_tokenizer(model, revision=None):
     """CLIPTokenizer of a diffusers-layout folder or Hub id. UserError if it is missing or empty."""
+    config = Settings(_fetch("--model", model, "text_encoder/config.json", revision))
     tokenizer = _load_part(transformers.CLIPTokenizer, "tokenizer", model, revision=revision)
     if len(tokenizer) < 4:  # from an empty folder transformers makes a tokenizer of the special tokens alone
-        why = "no vocabulary" if Path(model).is_dir() else "no such model there, or no connection"
-        raise _unloadable(model, "tokenizer", why)
+        raise _unloadable(model, "tokenizer", "no vocabulary")
     if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         raise _unloadable(model, "tokenizer", "it lacks a token for start, end or padding")
-    config = Settings(_fetch("--model", model, "text_encoder/config.json", revision))
     if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int):
         raise _unloadable(model, "tokenizer", "it has tokens without a row in the text encoder's table")
     tokenizer.model_max_length = config.get("max_position_embeddings", 77, int, 3, 10_000)  # not what its own file says
@@ -369,10 +358,7 @@ def load_text_encoder(model, device, dtype=torch.float32, revision=None, variant
 def load_vae(model, device, dtype=torch.float32, revision=None, variant=None):
     """AutoencoderKL, frozen."""
     vae = _load_frozen(diffusers.AutoencoderKL, "vae", model, device, dtype, revision, variant)
-    settings = Settings(Path(model, "vae/config.json"), vae.config)
-    settings.get("scaling_factor", None, float, 1e-6, 1e6)
-    if vae.config.shift_factor is not None:
-        settings.get("shift_factor", None, float, -1e6, 1e6)
+    Settings(Path(model, "vae/config.json"), vae.config).get("scaling_factor", None, float, 1e-6, 1e6)
     return vae
 
 
@@ -381,9 +367,8 @@ def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
     unet = _load_frozen(diffusers.UNet2DConditionModel, "unet", model, device, dtype, revision, variant)
     if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type:
         raise UserError(f"--model {model} is no plain text-to-image model; take a Stable Diffusion 1 or 2 checkpoint.")
-    if unet.device.type == "mps":
-        return unet
-    return unet.to(memory_format=torch.channels_last)  # the same numbers in another order: convolutions are faster
+    # channels_last: the same numbers in another order, with which convolutions are faster
+    return unet if unet.device.type == "mps" else unet.to(memory_format=torch.channels_last)
 
 
 def _load_frozen(part_class, part, model, device, dtype, revision, variant):
@@ -406,9 +391,8 @@ def _load_part(part_class, part, model, **options):
         library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised; the log messages add nothing
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # downloading gigabytes in silence would look like a hang
-    _refuse_missing("--model", model)
-    if Path(model).exists() and not Path(model, part).is_dir():
-        raise UserError(f"--model {model}: {_other_layout(Path(model), part)}")
+    if Path(model).exists():
+        _fetch("--model", model, part)
     if part != "tokenizer":
         read_json(_fetch("--model", model, f"{part}/config.json", options["revision"]))  # an error names it
     options |= {"subfolder": part, "local_files_only": huggingface_hub.constants.HF_HUB_OFFLINE}
@@ -421,10 +405,30 @@ def _load_part(part_class, part, model, **options):
         raise _unloadable(model, part, reason(error)) from error
 
 
-def _other_layout(path, part):
-    """What a file or a folder without the folder `part` is, and how it becomes a model in diffusers layout."""
+def _unloadable(model, part, why):
+    return UserError(f"--model {model}: its part '{part}' cannot be loaded ({why}); is it there and whole?")
+
+
+def _fetch(option, name, filename, revision=None):
+    """Path of a file (or folder) in a local folder, or of a file of a Hub repository, which is downloaded."""
+    if Path(name, filename).exists():
+        return Path(name, filename)
+    if Path(name).exists():
+        raise UserError(f"{option} {name}: {_other_layout(Path(name), filename)}")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        raise UserError(f"{option} {name}: no such file or folder (was it moved?), and no Hub id such as 'owner/name'.")
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
+    except Exception as error:
+        raise UserError(
+            f"{option} {name}: no such folder here; from the Hub no '{filename}' ({reason(error)})."
+        ) from error
+
+
+def _other_layout(path, filename):
+    """What a file or a folder without the file `filename` is, and how it becomes a model in diffusers layout."""
     for folder in [*path.glob("snapshots/*"), *path.glob("*")]:  # the Hub's cache keeps a model in snapshots/
-        if (folder / part).is_dir():
+        if (folder / filename).exists():
             return f"the model is in the folder {folder}; name that one."
     for file in [path, *path.glob("*.ckpt"), *path.glob("*.safetensors")]:
         if file.suffix in (".ckpt", ".safetensors", ".yaml"):  # a .yaml describes the .ckpt beside it
@@ -433,37 +437,14 @@ def _other_layout(path, part):
             convert = f"from_single_file({weights.as_posix()!r}).save_pretrained({new!r})"
             line = f"python -c {quote(f'import diffusers; diffusers.StableDiffusionPipeline.{convert}')}"
             return f"one file, not a model in diffusers layout; convert it: {line} and give --model {quote(new)}"
-    return f"the folder '{part}' is missing; a model in diffusers layout is needed."
+    return f"'{filename}' is missing; a model in diffusers layout is needed."
 
 
-def _unloadable(model, part, why):
-    where = "" if Path(model).is_dir() else "there is no such folder here, and from the Hub "
-    return UserError(f"--model {model}: {where}its part '{part}' cannot be loaded ({why}); is it there and whole?")
-
-
-def _fetch(option, name, filename, revision=None):
-    """Path of a file in a local folder, or of a Hub repository after downloading it."""
-    _refuse_missing(option, name)
-    if Path(name).is_dir():
-        if not Path(name, filename).is_file():
-            raise UserError(f"{option} {name}: the file '{filename}' is missing.")
-        return Path(name, filename)
-    try:
-        return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
-    except Exception as error:
-        why = reason(error)
-        raise UserError(f"{option} {name}: no such folder here, and no '{filename}' from the Hub ({why}).") from error
-
-
-def _refuse_missing(option, name):
-    if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        raise UserError(f"{option} {name}: no such file or folder (was it moved?), and no Hub id such as 'owner/name'.")
-
-
+@torch.no_grad()
 def check_parts(model, vae=None, text_encoder=None, unet=None, latents=None):
-    """UserError if parts of a model fail or do not fit each other, or if the UNet ignores the text.
+    """UserError if parts of a model do not fit each other: a pass of those given with a small image.
 
-    A pass of the parts that are given with a small image; latents [1, 4, h, w] for the UNet if there is no VAE.
+    latents [1, 4, h, w] for the UNet, if there is no VAE.
     """
     try:
         if vae is not None:
@@ -472,11 +453,8 @@ def check_parts(model, vae=None, text_encoder=None, unet=None, latents=None):
             vae.decode(latents)
         if unet is not None:
             token_ids = torch.zeros(1, text_encoder.config.max_position_embeddings, dtype=torch.long)
-            with torch.enable_grad():
-                text_embeddings = encode_tokens(text_encoder, token_ids).to(unet.dtype).requires_grad_()
-                noise_pred = unet(latents[..., :16, :16].to(unet.device, unet.dtype), 0, text_embeddings).sample
-            if not noise_pred.requires_grad:
-                raise ValueError("the UNet ignores the text embeddings")
+            text_embeddings = encode_tokens(text_encoder, token_ids).to(unet.dtype)
+            unet(latents[..., :16, :16].to(unet.device, unet.dtype), 0, text_embeddings)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -497,10 +475,7 @@ def vae_factor(vae):
 
 
 def native_size(unet_config, vae):
-    """(height, width) in pixels of the images a model was trained on: its UNet's `sample_size`, else its VAE's.
-
-    UserError if the entry is neither one number nor two.
-    """
+    """(height, width) in pixels of the images a model was trained on: its UNet's `sample_size`, else its VAE's."""
     size, unit, part = unet_config.get("sample_size"), vae_factor(vae), "unet"
     if size is None:
         size, unit, part = vae.config.sample_size, 1, "vae"
@@ -513,8 +488,7 @@ def native_size(unet_config, vae):
 # --- The noise schedule -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class NoiseSchedule:
+class NoiseSchedule(NamedTuple):
     """The noise level of each timestep, kept in fp32 whatever the model's precision is.
 
     alphas_cumprod [T]: the fraction of the latents' variance left at each timestep, falling from nearly 1 to nearly 0.
@@ -530,7 +504,7 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
     def to(self, device):
-        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+        return self._replace(alphas_cumprod=self.alphas_cumprod.to(device))
 
     def _signal_and_noise(self, timesteps):
         # fp32: cast to half, 1 - alphas_cumprod itself would be rounded (to 0 in bf16 for the first timesteps)
@@ -554,8 +528,9 @@ class NoiseSchedule:
         return self.alphas_cumprod[timesteps] / (1 - self.alphas_cumprod[timesteps])
 
 
-# What would change the samplers in scheduler_config.json: the default, then other values that make no difference
+# What would change the noise or the samplers in scheduler_config.json: the default, then others that are the same here
 SUPPORTED = {
+    "trained_betas": [None],
     **dict.fromkeys(["thresholding", "use_karras_sigmas", "use_exponential_sigmas"], [False, None]),
     **dict.fromkeys(["use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"], [False, None]),
     "algorithm_type": ["dpmsolver++", "deis"],  # diffusers' DPM-Solver++ takes 'deis' as this; so below
@@ -574,16 +549,10 @@ def load_schedule(model, revision=None):
         settings.get(name, values[0], values)
     timesteps = settings.get("num_train_timesteps", 1000, int, 2, 10_000)
     start, end = (settings.get(*entry, float, 1e-6, 0.999) for entry in (("beta_start", 1e-4), ("beta_end", 0.02)))
-    kind = settings.get("beta_schedule", None, ["linear", "scaled_linear", "squaredcos_cap_v2"])
-    if settings.entries.get("trained_betas") is not None:
-        betas = torch.tensor(settings.numbers("trained_betas", timesteps, 1e-6, 0.999))
-    elif kind == "linear":
+    if settings.get("beta_schedule", None, ["linear", "scaled_linear"]) == "linear":
         betas = torch.linspace(start, end, timesteps)
-    elif kind == "scaled_linear":  # latent diffusion's own
+    else:  # latent diffusion's own
         betas = torch.linspace(start**0.5, end**0.5, timesteps) ** 2
-    else:  # Nichol and Dhariwal 2021, equation 17
-        cosine = [math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(timesteps + 1)]
-        betas = torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(cosine)])
     alphas_cumprod = (1 - betas).cumprod(0)
     if settings.get("rescale_betas_zero_snr", False, bool):  # Lin et al. 2023, algorithm 1: T is pure noise
         root = alphas_cumprod.sqrt()
@@ -606,8 +575,8 @@ def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder
     existing token it is 1 as well, and training would overwrite that token's row.
     """
     what = f"--embedding {source}: its token {placeholder!r}" if source else f"{option} {placeholder!r}"
-    remedy = f"choose a name such as {option} {example_token(placeholder)}"
-    if not placeholder or not placeholder.isprintable() or any(character.isspace() for character in placeholder):
+    remedy = f"choose a name such as {option} '<my-cat>'"
+    if not placeholder.isprintable() or placeholder.split() != [placeholder]:
         raise UserError(f"{what} is empty or has spaces or invisible characters; {remedy}.")
     names = [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
     vocabulary = tokenizer.get_vocab()
@@ -623,12 +592,6 @@ def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder
     if len(set(token_ids)) < num_vectors or not set(token_ids).isdisjoint(vocabulary.values()):
         raise UserError(f"{what} cannot be added to this model's tokenizer; {remedy}.")
     return token_ids
-
-
-def example_token(name):
-    """A token to suggest in a message, made of a name."""
-    words = re.sub(r"[^\w.]+", "-", name).strip("-") or "my-cat"
-    return f"'<{words}>'"
 
 
 def initializer_ids(tokenizer, text):
@@ -681,13 +644,13 @@ def tokenize(tokenizer, prompts, placeholders=None):
             spelled_out = ids[position : position + len(vectors)] == vectors  # '<cat> <cat>_1', as diffusers writes it
             position += len(vectors) if spelled_out else 1
         cut = body[length - 2 :]
-        for i in cut:
-            if i in token_of:
-                remedy = "take fewer words or --num_vectors"
-                raise UserError(f"the prompt {prompt!r} is too long, {token_of[i]!r} would be cut off: {remedy}.")
+        lost = [token_of[i] for i in cut if i in token_of]
+        if lost:
+            raise UserError(
+                f"the prompt {prompt!r} is too long, it would cut {lost[0]!r}: use fewer --num_vectors or words."
+            )
         if cut:
-            text = tokenizer.decode(cut)
-            print(f"note: a prompt can have {length - 2} tokens; cut off: {text!r}", file=sys.stderr)
+            print(f"note: a prompt can have {length - 2} tokens; cut off: {tokenizer.decode(cut)!r}", file=sys.stderr)
         row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]
         rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
     return torch.tensor(rows)  # [B, L]
@@ -748,10 +711,10 @@ def encode_images(vae, images, batch=4):
 
     A fresh sample, as the UNet takes it, is mean + std * noise.
     """
-    chunks = [vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist for chunk in images.split(batch)]
-    mean = torch.cat([chunk.mean for chunk in chunks]).to(images.device, torch.float32)
-    std = torch.cat([chunk.std for chunk in chunks]).to(images.device, torch.float32)
-    return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor, std * vae.config.scaling_factor
+    posteriors = [vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist for chunk in images.split(batch)]
+    mean = torch.cat([posterior.mean for posterior in posteriors]).to(images.device, torch.float32)
+    std = torch.cat([posterior.std for posterior in posteriors]).to(images.device, torch.float32)
+    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
 
 
 @torch.no_grad()
@@ -760,7 +723,7 @@ def decode_latents(vae, latents):
 
     As many at a time as have the pixels of one image of 512 x 512: more would set the peak memory of a whole run.
     """
-    unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    unscaled = latents / vae.config.scaling_factor
     batch = max(1, 64 * 64 // unscaled[0, 0].numel())
     images = torch.cat([vae.decode(chunk.to(vae.device, vae.dtype)).sample.float() for chunk in unscaled.split(batch)])
     if not images.isfinite().all():  # would be saved as black images
@@ -786,10 +749,7 @@ class Embedding(NamedTuple):
 
 
 def lock_folder(folder):
-    """Lock a folder for this process as long as the file that is returned is kept. (Not on Windows.)
-
-    UserError if another process has it.
-    """
+    """Lock a folder while the returned file is kept (not on Windows). UserError if another process has it."""
     with suppress(ImportError):
         import fcntl
 
@@ -865,11 +825,10 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     name, rows = _name_and_rows(content, what, token)
     token = token or name
     if not isinstance(token, str) or not token.isprintable() or token in ("", "*"):
-        raise UserError(f"{what} does not name its token; give it one: --token {example_token(path.stem)}.")
-    is_plain = not rows.is_nested and rows.layout == torch.strided and rows.device.type == "cpu"
-    shape = list(rows.shape) if is_plain else []
-    is_number = rows.is_floating_point() and "float4" not in str(rows.dtype)
-    if not is_number or len(shape) not in (1, 2) or 0 in shape:
+        raise UserError(f"{what} does not name its token; give it one: --token '<my-cat>'.")
+    is_plain = rows.layout == torch.strided and rows.device.type == "cpu" and not rows.is_nested
+    shape = list(rows.shape) if is_plain and rows.dtype in FLOAT_TYPES else []
+    if len(shape) not in (1, 2) or 0 in shape:
         raise UserError(f"{what} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
     if len(shape) == 2 and shape[0] > MAX_VECTORS:
         raise UserError(f"{what} holds {shape[0]} vectors; a prompt has room for {MAX_VECTORS}.")
@@ -887,50 +846,41 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
 def _find_embedding_file(source, option):
     if Path(source).is_file():
         return Path(source)
-    if not Path(source).is_dir():
-        with suppress(UserError):
-            return _fetch(option, source, "learned_embeds.safetensors")
-        return _fetch(option, source, "learned_embeds.bin")
     for pattern in ("learned_embeds.safetensors", "learned_embeds.bin", "*.safetensors", "*.bin", "*.pt"):
         found = [path for path in Path(source).glob(pattern) if path.is_file()]
         if len(found) == 1:
             return found[0]
-    raise UserError(f"{option} {source}: the folder holds no learned_embeds.safetensors; name the file itself.")
+    if Path(source).exists():
+        raise UserError(f"{option} {source} holds no learned_embeds.safetensors; name the file itself.")
+    with suppress(UserError):
+        return _fetch(option, source, "learned_embeds.safetensors")
+    return _fetch(option, source, "learned_embeds.bin")
 
 
 def _read_tensors(path, what):
     """-> what the file holds (dict or tensor), its metadata. The first bytes, not the name, tell its kind."""
-    try:
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= MAX_FILE_BYTES else b""
-    except OSError as error:
-        raise UserError(f"{what} cannot be read ({error.strerror}).") from error
-    unpacked, start = size, data[:512].lstrip().lower()
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise UserError(f"{what} has {size >> 20} MB, an embedding a few KB: a checkpoint or LoRA?")
+    data = path.read_bytes()
+    start = data[:512].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{what} is a git-lfs pointer, not the file itself: run 'git lfs pull' there.")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{what} is a web page (HTML), not an embedding; use the page's download link.")
     try:
-        if data.startswith(b"PK"):
-            unpacked = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(data)).infolist())
-        if unpacked > MAX_FILE_BYTES:
-            raise UserError(f"{what} has {unpacked >> 20} MB, an embedding a few KB: a checkpoint or LoRA?")
         if data[8:9] == b"{":  # safetensors: 8 bytes of length, a JSON header, the numbers
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             return safetensors.torch.load(data), header.get("__metadata__") or {}
         if data.startswith((b"PK", b"\x80")):
-            content = load_pickle(data)
-            notes = content if isinstance(content, dict) else {}
-            return content, {key: str(note) for key, note in notes.items() if isinstance(note, (str, int))}
+            return load_pickle(data), {}
         if data.startswith(b"\x89PNG"):  # A1111's; the text is read without decoding the image
             with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 text = image.info.get("sd-ti-embedding")
             if text:
                 return json.loads(base64.b64decode(text), object_hook=_json_tensor), {}
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(f"{what} is damaged or holds more than numbers; nothing in it was run.") from error
+        raise UserError(f"{what} is damaged, or holds more than an embedding; nothing in it was run.") from error
     raise UserError(f"{what} is no embedding file; it has {size} bytes and begins with {data[:8]!r}.")
 
 
@@ -949,7 +899,7 @@ def same_form(value, like):
 def load_pickle(data):
     """torch.load of bytes, which can run no code.
 
-    ValueError for a tuple that is used twice: hashing tuples nested that way takes exponential time.
+    ValueError if it unpacks to too much, or uses a tuple twice: hashing tuples nested that way takes exponential time.
     """
     stream, pickles = io.BytesIO(data), 5  # an old file: magic number, version, system, content, keys; then numbers
     if data.startswith(b"PK"):
@@ -979,29 +929,24 @@ def _json_tensor(entry):
 
 def _name_and_rows(content, what, token):
     """What a file holds -> its token ('*' if it names none), its rows. `token` chooses one of several."""
-    if isinstance(content, torch.Tensor):
-        return "*", content
-    name = None
-    if isinstance(content, dict) and "string_to_param" in content:  # A1111; the paper's code has no name
-        name = content["name"] if isinstance(content.get("name"), str) else None
-        params = content["string_to_param"]
-        content = getattr(params, "_parameters", params)  # of a ParameterDict
-    content = content if isinstance(content, dict) else {}
-    for key in ("clip_l", "emb_params", "emp_params"):
+    content, name = content if isinstance(content, dict) else {"*": content}, None
+    if "string_to_param" in content:  # A1111; the paper's code has no name
+        name, params = content.get("name"), content["string_to_param"]
+        params = getattr(params, "_parameters", params)  # of a ParameterDict
+        content = params if isinstance(params, dict) else {}
+    if "clip_l" in content and "clip_g" in content:
+        print(f"note: {printable(what)} is for SDXL; taken: clip_l, the half for Stable Diffusion 1", file=sys.stderr)
+    for key in ("clip_l", "clip_g", "emb_params", "emp_params"):  # they name no token
         if key in content:
-            if "clip_g" in content:
-                half = "clip_l, the half for Stable Diffusion 1"
-                print(f"note: {printable(what)} is for SDXL; taken: {half}", file=sys.stderr)
             content = {"*": content[key]}
-    if len(content) > 1 and token in content:
-        name, content = token, {token: content[token]}
+    if token in content:
+        content = {token: content[token]}
     if len(content) != 1 or not isinstance(next(iter(content.values())), torch.Tensor):
         if any(re.search("lora[_.]", str(key)) for key in content):
             raise UserError(f"{what} is a LoRA, which changes the model's weights; name an embedding.")
-        found = f"it holds {list(content)[:6]}; of several tokens choose one with --token"
-        raise UserError(f"{what} is no embedding of one token; {found}.")
+        raise UserError(f"{what} is no embedding of one token; it holds {list(content)[:6]}: choose one with --token.")
     ((key, rows),) = content.items()
-    return name or ("*" if key == "clip_g" else key), rows
+    return name or key, rows
 
 
 # --- A model with its learned tokens ----------------------------------------------------------------------------------
@@ -1019,20 +964,14 @@ class Components(NamedTuple):
 
 
 def load_components(model, device="cpu", dtype=torch.float32, revision=None, variant=None, embeddings=None):
-    """Components of a model that knows the tokens of embedding files.
-
-    embeddings: {file, run folder or Hub id: another name for its token, or None}.
-    """
+    """Components of a model with the tokens of `embeddings`, {file, run folder or Hub id: another name or None}."""
     files = {"revision": revision, "variant": variant}
     tokenizer, text_encoder = load_tokenizer(model, revision), load_text_encoder(model, device, dtype, **files)
     dim = text_encoder.get_input_embeddings().weight.shape[1]
     placeholders, rows = {}, []
     for source, name in (embeddings or {}).items():
         token, token_rows, _ = load_embedding(source, name, dim)
-        if token in placeholders:
-            raise UserError(f"two embeddings are called {token!r}: give each a --token, in their order.")
-        named_by = None if name else source
-        placeholders[token] = add_placeholder(tokenizer, token, len(token_rows), "--token", named_by)
+        placeholders[token] = add_placeholder(tokenizer, token, len(token_rows), "--token", None if name else source)
         rows.append(token_rows)
     if rows:
         install_learned_rows(text_encoder, sum(placeholders.values(), []), torch.cat(rows))

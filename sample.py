@@ -18,6 +18,7 @@ import json
 import math
 import re
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,11 +183,11 @@ def image_grid(images, columns, captions=()):
     width, height = images[0].size
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     sheet_width = columns * (width + 2)
-    captions = [textwrap.wrap(caption, max(10, sheet_width // 6)) for caption in captions][: len(rows)]  # letters: 6 px
-    captions += [[]] * (len(rows) - len(captions))
-    sheet = Image.new("RGB", (sheet_width, sum(height + 2 + 14 * len(lines) for lines in captions)), "white")
+    captions = [*captions, *[""] * len(rows)][: len(rows)]
+    wrapped = [textwrap.wrap(caption, max(10, sheet_width // 6)) for caption in captions]  # a letter has 6 pixels
+    sheet = Image.new("RGB", (sheet_width, sum(height + 2 + 14 * len(lines) for lines in wrapped)), "white")
     y = 0
-    for row, lines in zip(rows, captions, strict=True):
+    for row, lines in zip(rows, wrapped, strict=True):
         for line in lines:
             ImageDraw.Draw(sheet).text((2, y), line, fill="black")
             y += 14
@@ -234,11 +235,10 @@ EDITING_PROMPTS = {
 
 
 class Clip(NamedTuple):
-    """The CLIP that scores, and how it wants its images."""
+    """The CLIP that scores, and the mean and standard deviation of its images' channels."""
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
-    crop_size: int
     image_mean: list
     image_std: list
     name: str
@@ -249,29 +249,20 @@ def load_clip(model, score_model=None, device="cpu"):
     name = score_model or (str(Path(model, "clip")) if Path(model, "clip").is_dir() else DEFAULT_SCORE_MODEL)
     try:
         settings = mu.Settings(cached_file(name, "preprocessor_config.json"))
+        mean, std = settings.numbers("image_mean", 3, 0, 1), settings.numbers("image_std", 3, 1e-3, 1)
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval().to(device)
         in_a_model = Path(name).with_name("tokenizer").is_dir()
         tokenizer = mu.load_tokenizer(Path(name).parent) if in_a_model else CLIPTokenizer.from_pretrained(name)
-    except UserError:
-        raise
     except Exception as error:
-        why = mu.reason(error)
-        raise UserError(f"--score_model {name} cannot be loaded ({why}): name a CLIP's folder or Hub id.") from error
-    size = settings.entries.get("crop_size")
-    settings.entries["crop_size"] = size.get("height") if isinstance(size, dict) else size  # old files: a number
-    mean, std = settings.numbers("image_mean", 3, 0, 1), settings.numbers("image_std", 3, 1e-3, 1)
-    crop_size = settings.get("crop_size", None, int, 1, 10_000)
-    if crop_size != clip.config.vision_config.image_size:
-        what = "not what its CLIP takes; take another --score_model"
-        raise UserError(f"{settings.path}: 'crop_size' is {crop_size}, {what}.")
-    return Clip(clip, tokenizer, crop_size, mean, std, name)
+        raise UserError(f"--score_model {name} cannot be loaded ({mu.reason(error)}); name another CLIP.") from error
+    return Clip(clip, tokenizer, mean, std, name)
 
 
 @torch.no_grad()
 def embed(clip, images, prompts):
     """CLIP embeddings of norm 1, on the CPU: of PIL images [N, dim], of prompts [P, dim]."""
-    size = (clip.crop_size, clip.crop_size)
-    squares = [ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BICUBIC) for image in images]
+    side = clip.model.config.vision_config.image_size
+    squares = [ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC) for image in images]
     pixels = (np.stack(squares) / 255 - clip.image_mean) / clip.image_std
     pixels = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)  # [N, 3, S, S]
     length = clip.model.config.text_config.max_position_embeddings
@@ -299,8 +290,7 @@ def score_embedding(
     pairs = known @ known.T  # the training images with each other, for comparison
     with_each_other = (pairs.sum() - pairs.trace()).item() / max(1, pairs.numel() - len(pairs))
     scores = {"clip": clip.name, "num_images": num_images, "seed": seed, **generation}
-    scores["training_images"] = with_each_other
-    scores["tokens"] = {}
+    scores |= {"training_images": with_each_other, "tokens": {}}
     for token in tokens:
         images = list(generate(components, [prompt.format(token) for prompt in prompts], seeds, **generation))
         callback(token, images)
@@ -332,11 +322,9 @@ def build_parser():
     parser = mu.Parser("Generate images with a learned token.")
     add, count = parser.add_argument, mu.number(int, 1, 2**31 - 1)
     # fmt: off
-    add("--embedding", type=mu.path, action="append",
-        help="file, run folder or Hub id; repeatable (default: newest run in runs/)")
+    add("--embedding", type=mu.path, action="append", help="file, run folder or Hub id; repeatable (default: last run)")
     add("--token", action="append", help="another name for the token of each --embedding, in their order")
-    add("--export", type=mu.path, metavar="FILE",
-        help="only write the embedding to this new file: .safetensors, .pt or .bin")
+    add("--export", type=mu.path, metavar="FILE", help="only write the embedding to a new .safetensors, .pt or .bin")
     add("--prompt", action="append", help="repeatable (default: a photo of each token)")
     add("--negative_prompt", help="what the images should not show")
     add("--num_images", type=count, help="images per prompt (default: 4; with --score 64)")
@@ -349,8 +337,7 @@ def build_parser():
     add("--width", type=mu.number(int, 1, 8192), help="in pixels (default: the model's own)")
     add("--batch_size", type=count, help="images generated at a time; does not change them (default: 4)")
     add("--output_dir", "--out", type=mu.path, help="folder for the images (default: samples/ in the run's folder)")
-    add("--model", "--pretrained_model_name_or_path", type=mu.path,
-        help="folder or Hub id (default: what the token was learned on)")
+    add("--model", "--pretrained_model_name_or_path", type=mu.path, help="folder or Hub id (default: the run's)")
     add("--revision", help="revision of a Hub id (default: the run's)")
     add("--variant", help="variant of the weight files, such as fp16 (default: the run's)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="device to generate on")
@@ -398,11 +385,12 @@ def check_prompts(components, prompts, negative_prompt=""):
 def run(args):
     """Generate images, or scores, as the options say. UserError if that cannot be done."""
     # 1. The tokens, and the model they were learned on
-    runs = sorted(Path("runs").glob("*/learned_embeds.safetensors"), key=lambda path: path.stat().st_mtime)
-    model_alone = args.model and args.prompt and not args.embedding
-    sources, names = args.embedding or ([] if model_alone else [str(path) for path in runs[-1:]]), args.token or []
-    if not sources and not model_alone:
-        raise UserError("no run in runs/: run train.py first, name an --embedding, or both a --model and a --prompt.")
+    sources, names = args.embedding or [], args.token or []
+    if not sources and not (args.model and args.prompt):  # with both the model alone generates
+        runs = sorted(Path("runs").glob("*/learned_embeds.safetensors"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise UserError("no run in runs/: run train.py first, or name an --embedding, or a --model and a --prompt.")
+        sources = [str(runs[-1])]
     if len(names) > len(sources):
         raise UserError(f"--token is given {len(names)} times for {len(sources)} --embedding; give one for each.")
     if len(set(sources)) < len(sources):
@@ -410,30 +398,30 @@ def run(args):
     embeddings = dict(itertools.zip_longest(sources, names))
     if args.export:
         return export(args.export, embeddings)
-    named = Path(*sources[:1])
-    folder = next((path for path in (named, named.parent) if path.is_dir()), Path())  # a Hub id has none
-    config = mu.read_config(folder) if named.exists() and sources else {}  # what train.py stored
-    metadata = {} if config or not sources else mu.load_embedding(sources[0], names[0] if names else None).metadata
-    learned_on = config.get("model") or mu.model_of_name(metadata.get("base_model"))
-    model, device = args.model or learned_on or mu.DEFAULT_MODEL, mu.choose_device(args.device)
+    first = Path(*sources[:1])
+    folder = next((path for path in (first, first.parent) if path.is_dir()), Path())  # a Hub id has none
+    config = mu.read_config(folder) if sources and first.exists() else {}  # what train.py stored
+    if sources and not config:
+        metadata = mu.load_embedding(sources[0], embeddings[sources[0]]).metadata
+        config = {"model": mu.model_of_name(metadata.get("base_model"))}
+    model, device = args.model or config.get("model") or mu.DEFAULT_MODEL, mu.choose_device(args.device)
     from_run = {} if args.model else config  # another model has other files
-    source = {name: getattr(args, name) or from_run.get(name) for name in ("revision", "variant")}
+    files = {name: getattr(args, name) or from_run.get(name) for name in ("revision", "variant")}
     if not args.model:
-        mu.refuse_download(model, **source)
+        mu.refuse_download(model, **files)
     dtype = mu.choose_dtype(args.precision, device)
     print(f"model      {mu.printable(model)}")
-    components = mu.load_components(model, device, dtype, **source, embeddings=embeddings)
+    components = mu.load_components(model, device, dtype, **files, embeddings=embeddings)
     learned_from = dict(zip(components.placeholders, sources, strict=True))
-    for token, file in learned_from.items():
-        print(f"token      {token} ({mu.printable(file)})")
+    for token, source in learned_from.items():
+        print(f"token      {token} ({mu.printable(source)})")
+    learnable_property = config.get("learnable_property", "object")
 
     # 2. The settings: as given, else as the model's folder advises, else as usual with Stable Diffusion
     settings = {"sampler": "dpm++", "steps": 25, "guidance": 7.5, "batch_size": 4, "negative_prompt": ""}
     settings |= mu.sampling_defaults(model)
-    for name in (*settings, "height", "width"):
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
-    learnable_property = config.get("learnable_property", "object")
+    given = {name: getattr(args, name) for name in (*settings, "height", "width")}
+    settings |= {name: value for name, value in given.items() if value is not None}
 
     # 3. Either the scores of the first token
     if args.score:
@@ -441,14 +429,13 @@ def run(args):
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
         print(f"images     {mu.printable(config['images'])}")
         training_images = mu.to_pil(load_images(config["images"], config["resolution"]))
-        initializer = config.get("initializer_token")
-        is_word = initializer and mu.initializer_ids(components.tokenizer, initializer)  # or an embedding file
-        tokens = [initializer] * bool(is_word) + [next(iter(components.placeholders))]
+        tokens, initializer = list(components.placeholders)[:1], config.get("initializer_token")
+        if initializer and mu.initializer_ids(components.tokenizer, initializer):  # else it is an embedding file
+            tokens = [initializer, *tokens]
         clip = load_clip(model, args.score_model, device)
         settings |= {"num_images": args.num_images or 64, "seed": args.seed}
         scores = score_embedding(components, clip, training_images, tokens, learnable_property, **settings)
-        report_scores(scores, folder / "scores.json")
-        return
+        return report_scores(scores, folder / "scores.json")
 
     # 4. Or images
     subjects = tokens_outside(components, settings["negative_prompt"])
@@ -461,8 +448,10 @@ def run(args):
     seeds = range(args.seed, args.seed + len(each_prompt))
     stored = {**settings, "model": mu.name_of_model(model), "embeddings": learned_from}
     images = []
-    for i, image in enumerate(generate(components, each_prompt, seeds, **settings)):
-        save_next(image, out, "", {"prompt": each_prompt[i], "seed": seeds[i], **stored})
+    for prompt, seed, image in zip(
+        each_prompt, seeds, generate(components, each_prompt, seeds, **settings), strict=True
+    ):
+        save_next(image, out, "", {"prompt": prompt, "seed": seed, **stored})
         images.append(image)
     if len(images) > 1:
         grid = image_grid(images, count if len(prompts) > 1 else math.ceil(count**0.5), prompts)
@@ -475,15 +464,14 @@ def save_next(image, folder, stem, settings):
     folder.mkdir(parents=True, exist_ok=True)
     for i in itertools.count(0):
         path = folder / (f"{stem}{i + 1 if i else ''}.png" if stem else f"{i:04d}.png")
-        try:
+        with suppress(FileExistsError):
             path.touch(exist_ok=False)  # taken: another process that generates here skips it
-        except FileExistsError:
-            continue
-        try:
-            return save_png(image, path, settings)
-        except BaseException:
-            path.unlink()  # nothing of 0 bytes stays
-            raise
+            break
+    try:
+        save_png(image, path, settings)
+    except BaseException:
+        path.unlink()  # nothing of 0 bytes stays
+        raise
 
 
 def main(argv=None):

@@ -239,14 +239,14 @@ def test_a_token_called_like_a_lora_is_none(tmp_path):
 # --- What the name of a token says of it ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, example", [("my cat", "'<my-cat>'"), ("cat", "'<cat>'"), (" ", "'<my-cat>'")])
-def test_a_name_that_cannot_be_a_token_names_the_file_and_the_option(name, example, tiny_model, tmp_path):
+@pytest.mark.parametrize("name", ["my cat", "cat", " "])
+def test_a_name_that_cannot_be_a_token_names_the_file_and_the_option(name, tiny_model, tmp_path):
     path = tmp_path / "kat.pt"
     torch.save({"string_to_param": {"*": torch.zeros(1, 32)}, "name": name}, path)
     with pytest.raises(mu.UserError) as error:
         mu.load_components(tiny_model, embeddings={path: None})
     assert str(error.value).startswith(f"--embedding {path}: its token {name!r}")
-    assert f"--token {example}" in str(error.value)
+    assert "--token '<my-cat>'" in str(error.value)
     with pytest.raises(mu.UserError, match="^--token 'red'"):
         mu.load_components(tiny_model, embeddings={path: "red"})
     assert list(mu.load_components(tiny_model, embeddings={path: "<my-cat>"}).placeholders) == ["<my-cat>"]

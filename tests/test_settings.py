@@ -51,11 +51,11 @@ NO_JSON |= {"[]": "holds no JSON object", "null": "holds no JSON object", '"text
 NAN, INFINITE = float("nan"), float("inf")
 DAMAGED = {
     SCHEDULE: {
-        "beta_schedule": [None, 0, [], ABSENT, "sigmoid"],
+        "beta_schedule": [None, 0, [], ABSENT, "sigmoid", "squaredcos_cap_v2"],
         "beta_start": [None, "0.1", 0, -1, NAN, [0.1], True],
         "beta_end": [None, 1, INFINITE],
         "num_train_timesteps": [None, 0, 1, 1000.0, "1000", 10**9],
-        "trained_betas": [0, "0.1", [], [0.1, 0.2], [0.1] * 999 + [None], [0.0] * 1000, [0.01] * 999 + [NAN]],
+        "trained_betas": [0, "0.1", [], [0.1, 0.2], [0.01] * 1000],
         "prediction_type": [None, "sample", "flow_prediction", 0],
         "timestep_spacing": ["karras", 0, ["leading"]],
         "set_alpha_to_one": [None, 0, "false"],
@@ -74,11 +74,10 @@ DAMAGED = {
         "variance_type": ["learned", "fixed_large"],
     },
     UNET: {"sample_size": [0, -8, "8", 8.0, True, [], [8], [8, 8, 8], [8, None], [8, 0], {}]},
-    VAE: {"scaling_factor": [None, 0, "0.18", NAN, []], "shift_factor": ["0", INFINITE, True]},
+    VAE: {"scaling_factor": [None, 0, "0.18", NAN, []]},
     TEXT: {"max_position_embeddings": [None, 0, 2, "32", 32.0, [32], NAN]},
     INDEX: {"_sampling": [None, 0, [], "fast"], "steps": [None, 0, 2.5, "25"], "guidance": [None, "7.5", NAN, [7.5]]},
     CLIP: {
-        "crop_size": [ABSENT, None, 0, "16", [16], {}, {"height": None}, 1e9],
         "image_mean": [ABSENT, None, 0.5, [], [0.5, 0.5], [0.5, 0.5, NAN], ["0.5"] * 3],
         "image_std": [ABSENT, [0, 0, 0], [0.5, 0.5, None]],
     },

@@ -462,14 +462,6 @@ def test_a_tokenizer_that_panics_is_a_sentence(learn, tiny_model, tmp_path):
         learn("--model", str(model))
 
 
-def test_a_unet_that_does_not_look_at_the_text_is_a_sentence(learn, tiny_model, tmp_path):
-    model = Path(shutil.copytree(tiny_model, tmp_path / "blind"))
-    path = model / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"transformer_layers_per_block": 0}))
-    with pytest.raises(mu.UserError, match="the UNet ignores the text embeddings"):
-        learn("--model", str(model))
-
-
 def test_parts_that_do_not_fit_each_other_are_a_sentence(learn, tiny_model, tmp_path, capsys):
     settings = {"block_out_channels": (8, 16), "norm_num_groups": 4}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -506,14 +498,6 @@ def test_a_relative_initializer_is_the_same_on_resume(learn):
     options = ["--initializer_token", "run/learned_embeds.safetensors"]
     learn(*options, steps=1, out="other")
     learn("--resume", *options, steps=2, out="other")
-
-
-def test_a_clip_that_wants_other_images_is_a_sentence(tiny_model, tmp_path):
-    model = shutil.copytree(tiny_model, tmp_path / "other")
-    path = model / "clip" / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"crop_size": 24}))
-    with pytest.raises(mu.UserError, match="'crop_size' is 24"):
-        sample.load_clip(model)
 
 
 def test_a_damaged_initializer_is_named_by_its_own_option(learn):
