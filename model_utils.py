@@ -321,11 +321,11 @@ def refuse_download(model, revision=None, variant=None):
     """UserError if a model that a file names, and not the user, is not on this machine."""
     if Path(model).exists():
         return
-    file, cached = f"diffusion_pytorch_model.{variant}.safetensors" if variant else "config.json", None
+    file = f"diffusion_pytorch_model.{variant}.safetensors" if variant else "config.json"
     with suppress(Exception):  # no Hub id
-        cached = huggingface_hub.try_to_load_from_cache(str(model), f"unet/{file}", revision=revision)
-    if not isinstance(cached, str):
-        raise UserError(f"the token was learned on {model!r}, not found here (was it moved?): name it with --model.")
+        if isinstance(huggingface_hub.try_to_load_from_cache(str(model), f"unet/{file}", revision=revision), str):
+            return
+    raise UserError(f"the token was learned on {model!r}, not found here (was it moved?): name it with --model.")
 
 
 def model_of_name(name):
@@ -421,7 +421,7 @@ def _fetch(option, name, filename, revision=None):
         return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
     except Exception as error:
         raise UserError(
-            f"{option} {name}: no such folder here; from the Hub no '{filename}' ({reason(error)})."
+            f"{option} {name}: no such folder here; no '{filename}' on the Hub ({reason(error)})."
         ) from error
 
 
@@ -548,7 +548,8 @@ def load_schedule(model, revision=None):
     for name, values in SUPPORTED.items():
         settings.get(name, values[0], values)
     timesteps = settings.get("num_train_timesteps", 1000, int, 2, 10_000)
-    start, end = (settings.get(*entry, float, 1e-6, 0.999) for entry in (("beta_start", 1e-4), ("beta_end", 0.02)))
+    start = settings.get("beta_start", 1e-4, float, 1e-6, 0.999)
+    end = settings.get("beta_end", 0.02, float, 1e-6, 0.999)
     if settings.get("beta_schedule", None, ["linear", "scaled_linear"]) == "linear":
         betas = torch.linspace(start, end, timesteps)
     else:  # latent diffusion's own
@@ -647,7 +648,7 @@ def tokenize(tokenizer, prompts, placeholders=None):
         lost = [token_of[i] for i in cut if i in token_of]
         if lost:
             raise UserError(
-                f"the prompt {prompt!r} is too long, it would cut {lost[0]!r}: use fewer --num_vectors or words."
+                f"the prompt {prompt!r} is too long and cuts {lost[0]!r}: use fewer words or --num_vectors."
             )
         if cut:
             print(f"note: a prompt can have {length - 2} tokens; cut off: {tokenizer.decode(cut)!r}", file=sys.stderr)

@@ -343,8 +343,7 @@ def build_parser():
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="device to generate on")
     add("--precision", default="auto", choices=["auto", "no", "fp32", "fp16", "bf16"], help="precision of the UNet")
     add("--score", action="store_true", help="compute the CLIP scores of a run's token: scores.json in its folder")
-    add("--score_model", type=mu.path,
-        help=f"CLIP, folder or Hub id (default: clip/ of the model, else {DEFAULT_SCORE_MODEL})")
+    add("--score_model", type=mu.path, help=f"CLIP folder or Hub id (default: the model's, else {DEFAULT_SCORE_MODEL})")
     # fmt: on
     return parser
 
