@@ -107,10 +107,7 @@ def run_main(script, argv, memory_advice):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="replace")  # a console without the letters of a token shows '?'
     try:
-        try:
-            script(sys.argv[1:] if argv is None else argv)
-        finally:
-            flush_stdout()
+        script(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError, UnicodeEncodeError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             error = f"out of memory: {memory_advice}."
@@ -127,15 +124,6 @@ def run_main(script, argv, memory_advice):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def flush_stdout():
-    """Print what Python still holds back. OSError after `| head`, or if the disk behind `>` is full."""
-    try:
-        print(end="", flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries again when it ends
-        raise
 
 
 def is_out_of_memory(error):
@@ -195,8 +183,9 @@ def choose_device(name):
 def choose_dtype(precision, device):
     """'auto', 'no', 'fp32', 'fp16' or 'bf16' -> torch.dtype of the frozen weights (learned rows are always fp32)."""
     if precision == "auto":
-        on_cuda = device.type == "cuda"
-        precision = "fp32" if not on_cuda else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+        precision = "fp32"
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     if device.type == "cpu":
         if precision == "fp16":
             raise UserError("--precision fp16 needs a GPU; on the CPU use --precision fp32 or bf16.")
@@ -582,8 +571,7 @@ def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder
     names = [placeholder] + [f"{placeholder}_{i}" for i in range(1, num_vectors)]
     vocabulary = tokenizer.get_vocab()
     pieces = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
-    known = {placeholder.lower(), placeholder.lower() + "</w>"} & tokenizer.backend_tokenizer.get_vocab(False).keys()
-    if known or len(pieces) == 1 or not vocabulary.keys().isdisjoint(names):
+    if len(pieces) == 1 or not vocabulary.keys().isdisjoint(names):
         raise UserError(f"{what} is already a token of the model; {remedy}.")
 
     # normalized=False: found as it is written, before lower-casing. single_word: 'sks' is not found inside 'asks'.
@@ -638,12 +626,8 @@ def tokenize(tokenizer, prompts, placeholders=None):
     rows = []
     for prompt in prompts:
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        body, position = [], 0
-        while position < len(ids):  # ids, not text, are expanded: no token can be mistaken for the start of another
-            vectors = vectors_of.get(ids[position], [ids[position]])
-            body += vectors
-            spelled_out = ids[position : position + len(vectors)] == vectors  # '<cat> <cat>_1', as diffusers writes it
-            position += len(vectors) if spelled_out else 1
+        # ids, not text, are expanded: no token can be mistaken for the start of another
+        body = [vector for i in ids for vector in vectors_of.get(i, [i])]
         cut = body[length - 2 :]
         lost = [token_of[i] for i in cut if i in token_of]
         if lost:
@@ -930,7 +914,8 @@ def _json_tensor(entry):
 
 def _name_and_rows(content, what, token):
     """What a file holds -> its token ('*' if it names none), its rows. `token` chooses one of several."""
-    content, name = content if isinstance(content, dict) else {"*": content}, None
+    content = content if isinstance(content, dict) else {"*": content}
+    name = None
     if "string_to_param" in content:  # A1111; the paper's code has no name
         name, params = content.get("name"), content["string_to_param"]
         params = getattr(params, "_parameters", params)  # of a ParameterDict
