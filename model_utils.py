@@ -249,19 +249,19 @@ class Settings:
     def __init__(self, path, entries=None):
         self.path, self.entries = path, read_json(path) if entries is None else entries
 
-    def get(self, name, default, kind, low=-math.inf, high=math.inf):
+    def get(self, name, default, kind, low=None, high=None):
         """The entry `name`, or the default if there is none. kind: its type, or a list of choices.
 
-        UserError that names file and entry if it is of another type, no choice, or outside [low, high].
+        UserError that names file and entry if it is of another type, no choice, or a number outside [low, high].
         """
         value = self.entries.get(name, default)
         if isinstance(kind, list):
             valid, wanted = value in kind, " or ".join(map(str, kind))
+        elif kind in (int, float):
+            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            valid, wanted = is_number and low <= value <= high, f"{kind.__name__} from {low:g} to {high:g}"
         else:
-            types = (int, float) if kind is float else kind
-            valid = isinstance(value, types) and isinstance(value, bool) == (kind is bool)
-            valid = valid and (kind not in (int, float) or low <= value <= high)
-            wanted = kind.__name__ if low == -math.inf else f"{kind.__name__} from {low:g} to {high:g}"
+            valid, wanted = isinstance(value, kind), kind.__name__
         if not valid:
             raise UserError(f"{self.path}: '{name}' is {value!r}, not {wanted}; correct it or take another checkpoint.")
         return value
@@ -333,7 +333,7 @@ def load_tokenizer(model, revision=None):
         raise _unloadable(model, "tokenizer", "no vocabulary")
     if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         raise _unloadable(model, "tokenizer", "it lacks a token for start, end or padding")
-    if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int):
+    if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int, 1, 10**9):
         raise _unloadable(model, "tokenizer", "it has tokens without a row in the text encoder's table")
     tokenizer.model_max_length = config.get("max_position_embeddings", 77, int, 3, 10_000)  # not what its own file says
     return tokenizer
