@@ -400,8 +400,9 @@ def _unloadable(model, part, why):
 
 def _fetch(option, name, filename, revision=None):
     """Path of a file (or folder) in a local folder, or of a file of a Hub repository, which is downloaded."""
-    if Path(name, filename).exists():
-        return Path(name, filename)
+    path = Path(name, filename)
+    if path.is_file() or path.is_dir():  # no fifo, which would be read for ever
+        return path
     if Path(name).exists():
         raise UserError(f"{option} {name}: {_other_layout(Path(name), filename)}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):

@@ -183,7 +183,7 @@ def test_a_checkpoint_of_any_content_is_a_sentence(learn, content, capsys):
     assert "state.pt" in line and "Traceback" not in line
 
 
-def test_a_fifo_is_never_opened(learn, tmp_path, capsys):
+def test_a_fifo_is_never_opened(learn, tiny_model, tmp_path, capsys):
     if not hasattr(os, "mkfifo"):
         pytest.skip("no fifos here")
     folder = learn()
@@ -199,6 +199,11 @@ def test_a_fifo_is_never_opened(learn, tmp_path, capsys):
     os.mkfifo(tmp_path / "captions.txt")
     with pytest.raises(mu.UserError, match="--templates: .*not a regular file"):
         learn("--templates", str(tmp_path / "captions.txt"), out="other")
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (model / "vae" / "config.json").unlink()
+    os.mkfifo(model / "vae" / "config.json")
+    with pytest.raises(mu.UserError, match="'vae/config.json' is missing"):
+        mu.load_vae(model, "cpu")
     (tmp_path / "locked").mkdir()
     os.mkfifo(tmp_path / "locked" / ".lock")
     mu.lock_folder(tmp_path / "locked")
