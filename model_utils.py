@@ -112,7 +112,8 @@ def run_main(script, argv, memory_advice):
         if is_out_of_memory(error):
             error = f"out of memory: {memory_advice}."
         elif isinstance(error, OSError):  # no permission, a name that is too long, a full disk
-            error = f"input or output failed ({reason(error)}): check the path, its permissions and the disk."
+            where = "input or output failed" if error.filename is None else error.filename
+            error = f"{where}: {error.strerror or reason(error)}; check the path, its permissions and the disk."
         elif isinstance(error, UnicodeEncodeError):
             error = f"{error.object[:200]!r} is not UTF-8: rename the file or folder, or retype the option."
         elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
@@ -410,9 +411,8 @@ def _fetch(option, name, filename, revision=None):
     try:
         return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
     except Exception as error:
-        raise UserError(
-            f"{option} {name}: no such folder here; no '{filename}' on the Hub ({reason(error)})."
-        ) from error
+        why = reason(error)
+        raise UserError(f"{option} {name}: no such folder here, and no '{filename}' on the Hub ({why}).") from error
 
 
 def _other_layout(path, filename):
@@ -632,9 +632,7 @@ def tokenize(tokenizer, prompts, placeholders=None):
         cut = body[length - 2 :]
         lost = [token_of[i] for i in cut if i in token_of]
         if lost:
-            raise UserError(
-                f"the prompt {prompt!r} is too long and cuts {lost[0]!r}: use fewer words or --num_vectors."
-            )
+            raise UserError(f"the prompt {prompt!r} is too long for {lost[0]!r}: use fewer words or --num_vectors.")
         if cut:
             print(f"note: a prompt can have {length - 2} tokens; cut off: {tokenizer.decode(cut)!r}", file=sys.stderr)
         row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]

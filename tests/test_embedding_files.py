@@ -297,7 +297,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, "read_bytes", fail_with(errno.EACCES))
     with pytest.raises(SystemExit):
         sample.main(["--embedding", str(path)])
-    assert "error: input or output failed ([Errno 13] Permission denied" in capsys.readouterr().err
+    assert "error: input or output failed: Permission denied; check the path" in capsys.readouterr().err
 
 
 # --- What we write ----------------------------------------------------------------------------------------------------
