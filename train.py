@@ -149,29 +149,25 @@ def batch_loss(components, batch):
         return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
 
 
-def backward(components, batch, total, size, scaler):
-    """Accumulate this batch's part of the gradient of the mean loss of `total` images, in micro-batches -> losses [B].
+def backward(components, batch, total, size, scaler, learned_rows):
+    """Add this batch's part to the gradient of the mean loss of `total` images -> losses [B], the size that fits.
 
-    size: images in a micro-batch. Together they are one step, as if all images went through the UNet at once.
+    `size` images go through the UNet at a time: half as many when the device runs out of memory, with the same result.
     """
-    losses, parts = torch.zeros(len(batch.latents), device=components.unet.device), math.ceil(len(batch.latents) / size)
-    for i in range(parts):
-        loss = batch_loss(components, batch.strided(i, parts))  # [size]
-        scaler.scale(loss.sum() / total).backward()  # reaches learned_rows: all else is frozen
-        losses[i::parts] = loss.detach()
-    return losses
-
-
-def backward_within_memory(components, batch, total, size, scaler, learned_rows):
-    """`backward`; when the device runs out of memory, again with half the size -> losses [B], the size that fits."""
     while True:
+        losses = torch.zeros(len(batch.latents), device=components.unet.device)
+        parts = math.ceil(len(losses) / size)
         try:
-            return backward(components, batch, total, size, scaler), size
+            for i in range(parts):
+                loss = batch_loss(components, batch.strided(i, parts))  # [size]
+                scaler.scale(loss.sum() / total).backward()  # reaches learned_rows: all else is frozen
+                losses[i::parts] = loss.detach()
+            return losses, size
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
         # outside the except block, whose traceback keeps the activations
-        size = math.ceil(min(size, len(batch.latents)) / 2)
+        size = math.ceil(min(size, len(losses)) / 2)
         learned_rows.grad = None
         torch.cuda.empty_cache()
         print(f"note: out of memory; a step now takes {size} of its images at a time, with the same result")
@@ -311,7 +307,7 @@ def train(args):
     with mu.catch_ctrl_c() as interrupted, bar:
         while not finished:
             batch = draw_batch(dataset, total, schedule, run.step, args).strided(rank, processes)
-            losses, size = backward_within_memory(training, batch, total, size, scaler, learned_rows)  # [B]
+            losses, size = backward(training, batch, total, size, scaler, learned_rows)  # [B]
             stopped = bool(interrupted)  # checked once per step
             if processes > 1:
                 stopped = exchange_gradient(learned_rows, stopped)
