@@ -42,8 +42,7 @@ def test_loss_and_gradient_equal_the_classical_form(tiny_model, prediction_type)
     text_encoder = mu.load_text_encoder(tiny_model, "cpu")
     init_rows = text_encoder.get_input_embeddings().weight[[init_id]]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
-    schedule = mu.load_schedule(tiny_model)
-    schedule.prediction_type = prediction_type
+    schedule = mu.load_schedule(tiny_model)._replace(prediction_type=prediction_type)
     embeddings = mu.encode_tokens(text_encoder, ids)
     loss = train.inversion_loss(unet, latents, noise, timesteps, embeddings, schedule)
     loss.mean().backward()
