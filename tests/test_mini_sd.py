@@ -14,8 +14,7 @@ import model_utils as mu
 import sample
 import train
 from mini_sd.eval import check, classifier
-from mini_sd.make import world
-from mini_sd.make.pretrain import to_float
+from mini_sd.make import pretrain, world
 
 MINI_SD, HELD_OUT_SEED = Path(mu.DEFAULT_MODEL), 977  # a seed that pretrain.py does not use
 CONCEPTS = list(world.INITIALIZERS)
@@ -25,7 +24,7 @@ CONCEPTS = list(world.INITIALIZERS)
 def held_out():
     """Images [N, 3, 64, 64] in [-1, 1] that the model was not trained on, and their captions."""
     images, captions, _ = world.make_set(500, HELD_OUT_SEED)
-    return to_float(torch.from_numpy(images).permute(0, 3, 1, 2)), captions
+    return pretrain.to_float(torch.from_numpy(images).permute(0, 3, 1, 2)), captions
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +37,12 @@ def vae():
     return mu.load_vae(MINI_SD, "cpu")
 
 
-def test_the_concepts_are_left_out_of_training():
+@pytest.mark.parametrize("draw_picture", [world.random_picture, world.training_picture])
+def test_the_concepts_are_left_out_of_training(draw_picture):
     rng = random.Random(0)
     concepts = {(c.kind, c.colour, c.pattern) for c in world.OBJECT_CONCEPTS.values()}
-    for _ in range(20000):
-        picture = world.random_picture(rng)
+    for _ in range(10000):
+        picture = draw_picture(rng)
         assert (picture.kind, picture.colour, picture.pattern) not in concepts
         assert not (picture.style == "pixel art" and picture.tone)
         assert (picture.style, picture.colour, picture.background) != ("drawing", "white", "blue")
@@ -92,6 +92,31 @@ def test_a_caption_reports_the_facts_it_states():
         assert ("background" in facts) == (scene in " ".join(words))
         if picture.style == "photo":
             assert ("style" in facts) == (words[-1] != "of")
+
+
+def test_a_name_stands_for_what_the_picture_shows_and_leaves_no_other_word_for_it():
+    rng, names = random.Random(8), 0
+    for _ in range(3000):
+        picture = world.training_picture(rng)
+        words, told = world.caption(picture, rng).split(), [pretrain.PARTS[i] for i in pretrain.look_of(picture, rng)]
+        assert len(told) == 6 and all(getattr(picture, part[1]) == part[2] for part in told if part)
+        assert all(part[0] == picture.named for part in told if part) and (picture.named is None) == (not any(told))
+        if world.NAME in words:
+            names += 1
+            look = {str(getattr(picture, a)) for a in world.LOOKS[picture.named]} - {"photo", picture.background}
+            assert not look & {*words} - {picture.tone}
+    assert names > 900
+
+
+def test_the_vector_of_a_name_is_the_sum_of_what_it_stands_for():
+    embedding = pretrain.NamedEmbedding(torch.randn(10, 4), name_id=10, num_parts=6)
+    embedding.looks = torch.tensor([[2, 5, 0], [3, 0, 0]])
+    found = embedding(torch.tensor([[7, 10], [10, 8]]))
+    weight, parts = embedding.weight, embedding.parts
+    expected = [[weight[7], parts[2] + parts[5]], [parts[3], weight[8]]]
+    torch.testing.assert_close(found, torch.stack([torch.stack(row) for row in expected]))
+    found.sum().backward()
+    assert parts.grad.any(dim=1).tolist() == [False, False, True, True, False, True]
 
 
 def test_every_word_of_the_captions_is_one_token():

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import model_utils as mu
@@ -34,6 +34,7 @@ from mini_sd.make import world
 HERE = Path(__file__).resolve().parent
 TRAIN_SEED, TEST_SEED = 1, 2
 TEXT_LENGTH = 32
+CAPTIONS = 4  # of each picture of stage_together
 SCHEDULER = {  # Stable Diffusion 1.4's own
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
@@ -112,7 +113,7 @@ class Run:
             optimizer.load_state_dict(state["optimizer"])
             self.step, self.spent = state["step"], state["spent"]
         self.begun, self.saved, self.limit, self.name = time.time(), time.time(), 60 * args.minutes, name
-        self.silent = dist.is_initialized() and dist.get_rank() > 0  # only the first worker logs and saves
+        self.silent = rank_and_workers()[0] > 0  # only the first worker logs and saves
 
     @property
     def seconds(self):
@@ -140,6 +141,10 @@ class Run:
             self.save()
             self.saved = time.time()
         return self.seconds < self.limit
+
+
+def rank_and_workers():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def set_lr(optimizer, lr, progress, step, warmup=200):
@@ -329,21 +334,112 @@ def stage_texts(args):
 
 
 def stage_unet(args):
-    device, cache = args.device, torch.load(args.work / "latents.pt", weights_only=True)
-    mean, std, scale = cache["mean"], cache["std"], cache["scale"]
+    cache = torch.load(args.work / "latents.pt", weights_only=True)
     embeddings = torch.load(args.work / "texts.pt", weights_only=True, mmap=True)
+    unet = build_unet()
+
+    def encode(picks, dropped, generator):
+        return embeddings[torch.where(dropped, len(embeddings) - 1, picks)].float().to(args.device)
+
+    learn_unet(args, "unet", [unet], cache, encode, 1e-3)
+
+
+class NamedEmbedding(torch.nn.Module):
+    """The text encoder's token table, and a vector for a name: the sum of the vectors of what it stands for.
+
+    `looks` [B, n] are the rows of `parts` to add up for each caption of a batch; row 0 is nothing.
+    """
+
+    def __init__(self, table, name_id, num_parts):
+        super().__init__()
+        self.weight, self.name_id, self.looks = torch.nn.Parameter(table), name_id, None
+        self.parts = torch.nn.Parameter(0.02 * torch.randn(num_parts, table.shape[1]))
+
+    def forward(self, token_ids):
+        names = F.embedding(self.looks, self.parts) * (self.looks > 0)[..., None]  # [B, n, dim]
+        words = F.embedding(token_ids.clamp(max=len(self.weight) - 1), self.weight)  # [B, L, dim]
+        return torch.where((token_ids == self.name_id)[..., None], names.sum(dim=1, keepdim=True), words)
+
+
+PARTS = [None, *((named, a, value) for named, look in world.LOOKS.items() for a in look for value in ATTRIBUTES[a])]
+
+
+def stage_together(args):
+    """The exported UNet and text encoder are trained further, together, on `world.training_picture`.
+
+    Many of its captions call a whole look by a name, one token: so the model learns how much a single vector can say.
+    The vector of a name is a sum, so that looks which were never seen have one too. No name stays in the vocabulary.
+    """
+    rank, _ = rank_and_workers()
+    tokenizer, path = CLIPTokenizer.from_pretrained(args.out / "tokenizer"), args.work / f"pictures_{rank}.pt"
+    tokenizer.add_tokens([AddedToken(world.NAME, normalized=False)])
+    if not path.exists():
+        mu.atomic_write(path, lambda buffer: torch.save(encode_pictures(args, tokenizer, rank), buffer))
+    cache, empty = torch.load(path, weights_only=True), tokens(tokenizer, [""])
+    unet = mu.load_unet(args.out, args.device).requires_grad_(True)
+    text_encoder = mu.load_text_encoder(args.out, args.device).requires_grad_(True)
+    table, name_id = text_encoder.get_input_embeddings().weight.data, len(tokenizer) - 1
+    text_encoder.set_input_embeddings(NamedEmbedding(table, name_id, len(PARTS)).to(args.device))
+
+    def encode(picks, dropped, generator):
+        captions = torch.randint(CAPTIONS, picks.shape, generator=generator)
+        token_ids = torch.where(dropped[:, None], empty, cache["token_ids"][picks, captions].long())
+        text_encoder.get_input_embeddings().looks = cache["looks"][picks].long().to(args.device)
+        return mu.encode_tokens(text_encoder, token_ids)
+
+    _, _, unet, text_encoder = learn_unet(args, "together", [unet, text_encoder], cache, encode, 5e-4)
+    if rank == 0:
+        table = text_encoder.get_input_embeddings().weight
+        text_encoder.set_input_embeddings(torch.nn.Embedding(*table.shape, _weight=table))
+        save_half(unet, args.out / "unet")
+        save_half(text_encoder, args.out / "text_encoder")
+
+
+def encode_pictures(args, tokenizer, rank):
+    """A worker's pictures for `stage_together`: the VAE's moments, captions [N, CAPTIONS, 32], looks [N, 6]."""
+    vae, rng = mu.load_vae(args.out, args.device), random.Random(f"together {rank}")
+    cache = {"mean": [], "std": [], "token_ids": [], "looks": []}
+    for _ in range(0, args.pictures, 500):
+        pictures = [world.training_picture(rng) for _ in range(500)]
+        images = torch.from_numpy(np.stack([np.asarray(world.draw(p)) for p in pictures])).permute(0, 3, 1, 2)
+        mean, std = mu.encode_images(vae, to_float(images), 100)
+        cache["mean"].append(mean.half())
+        cache["std"].append(std.half())
+        sentences = [world.caption(picture, rng) for picture in pictures for _ in range(CAPTIONS)]
+        cache["token_ids"].append(tokens(tokenizer, sentences).short().view(500, CAPTIONS, TEXT_LENGTH))
+        cache["looks"].append(torch.tensor([look_of(picture, rng) for picture in pictures]).short())
+    return {name: torch.cat(part) for name, part in cache.items()} | {"scale": 1.0}  # mu.encode_images scales
+
+
+def look_of(picture, rng):
+    """The rows of PARTS that the name of a picture's look stands for; each attribute but the first may be left out."""
+    attributes = world.LOOKS.get(picture.named, [])
+    missing = {"second"} if picture.pattern == "plain" else set()
+    missing |= set() if picture.accessory else {"accessory_colour"}
+    told = [a for i, a in enumerate(attributes) if a not in missing and (i == 0 or rng.random() < 0.9)]
+    rows = [PARTS.index((picture.named, a, getattr(picture, a))) for a in told]
+    return rows + [0] * (6 - len(rows))
+
+
+def learn_unet(args, name, modules, cache, encode, lr):
+    """The training loop of both UNet stages -> modules (the first is the UNet), then their averages (EMA).
+
+    encode(picks, dropped, generator): text embeddings [B, 32, 128] of the images with these indices, of the empty
+    prompt where dropped.
+    """
+    device, (mean, std, scale) = args.device, (cache[name] for name in ("mean", "std", "scale"))
     betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
     schedule = mu.NoiseSchedule((1 - betas).cumprod(0)).to(device)
-    rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    unet = build_unet().to(device, memory_format=torch.channels_last)  # a tenth faster on a CPU
-    ema = deepcopy(unet).requires_grad_(False)
-    parameters = list(unet.parameters())
+    rank, workers = rank_and_workers()
+    modules[0].to(device, memory_format=torch.channels_last)  # a tenth faster on a CPU
+    averages = [deepcopy(module).requires_grad_(False) for module in modules]
+    parameters, averaged = ([p for m in part for p in m.parameters()] for part in (modules, averages))
     # all gradients are views of one tensor, so that they can be exchanged and clipped at once
     gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)
     for p, piece in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.as_strided(p.size(), p.stride())  # in the order that the weights have in memory
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
-    run = Run(args, "unet", [unet, ema], optimizer)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
+    run = Run(args, name, [*modules, *averages], optimizer)
     generator = torch.Generator().manual_seed(run.step * workers + rank)
     going = run.progress() < 1
     while going:
@@ -352,11 +448,12 @@ def stage_unet(args):
         latents = (
             (mean[picks].float() + std[picks].float() * torch.randn(mean[picks].shape, generator=generator)) * scale
         ).to(device, memory_format=torch.channels_last)
-        dropped = torch.rand(n, generator=generator) < 0.1
-        context = embeddings[torch.where(dropped, len(mean), picks)].float().to(device)
-        timesteps = train.sample_timesteps(n, schedule.num_train_timesteps, generator, "uniform").to(device)
+        context = encode(picks, torch.rand(n, generator=generator) < 0.1, generator)
+        # backgrounds are decided at high noise levels, whose errors are small
+        sampling = "cubic" if name == "together" and run.step % 2 else "uniform"
+        timesteps = train.sample_timesteps(n, schedule.num_train_timesteps, generator, sampling).to(device)
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        noise_pred = unet(schedule.add_noise(latents, noise, timesteps), timesteps, context).sample
+        noise_pred = modules[0](schedule.add_noise(latents, noise, timesteps), timesteps, context).sample
         error = (noise_pred - noise).square().mean(dim=(1, 2, 3))
         loss = (error * (5 / schedule.snr(timesteps)).clamp(max=1)).mean()  # Min-SNR, Hang et al. 2023, gamma 5
         gradient.zero_()
@@ -367,22 +464,25 @@ def stage_unet(args):
             dist.all_reduce(progress)
             gradient /= workers
             progress /= workers
-        set_lr(optimizer, 1e-3, progress.item(), run.step)
+        set_lr(optimizer, lr, progress.item(), run.step)
         gradient *= (1 / (gradient.norm() + 1e-6)).clamp(max=1)  # clipped to norm 1
         optimizer.step()
         decay = min(0.999, (run.step + 1) / (run.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
+            torch._foreach_lerp_(averaged, parameters, 1 - decay)
         run.tick(mse=error.detach().mean(), weighted=loss.detach())
         going = progress.item() < 1
     run.save()
+    return [*modules, *averages]
 
 
 def save_half(module, folder):
     """Half precision on the disk, which transformers loads as fp32 where no dtype is asked for, like diffusers."""
     module.half().save_pretrained(folder)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    path = folder / "config.json"
+    config = json.loads(path.read_text().replace('"float16"', '"float32"'))
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def stage_export(args):
@@ -456,10 +556,11 @@ def stage_scorer(args):
     save_half(clip, args.out / "clip")
 
 
+DEFAULT_MINUTES = {"vae": 40, "clip": 28, "unet": 112, "together": 89, "scorer": 78, "decoder": 58}
 STAGES = {
     "pictures": stage_pictures, "tokenizer": stage_tokenizer, "vae": stage_vae, "latents": stage_latents,
-    "clip": stage_clip, "texts": stage_texts, "unet": stage_unet, "export": stage_export, "scorer": stage_scorer,
-    "decoder": stage_decoder,
+    "clip": stage_clip, "texts": stage_texts, "unet": stage_unet, "export": stage_export, "together": stage_together,
+    "scorer": stage_scorer, "decoder": stage_decoder,
 }  # fmt: skip
 
 
@@ -469,7 +570,7 @@ def main():
     parser.add_argument(
         "--minutes",
         type=float,
-        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 78 scorer, 58 decoder)",
+        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 89 together, 78 scorer, 58 decoder)",
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=Path(mu.DEFAULT_MODEL), help="folder to export the model to")
@@ -480,13 +581,13 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if "WORLD_SIZE" in os.environ:  # started by torchrun
-        if args.stage != "unet":
-            parser.error("only --stage unet can have several workers")
+        if args.stage not in ("unet", "together"):
+            parser.error("only --stage unet and --stage together can have several workers")
         dist.init_process_group("gloo")
     args.work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes
     for stage in STAGES if args.stage == "all" else [args.stage]:
-        args.minutes = minutes or {"vae": 40, "clip": 28, "unet": 112, "scorer": 78, "decoder": 58}.get(stage, 0)
+        args.minutes = minutes or DEFAULT_MINUTES.get(stage, 0)
         torch.manual_seed(0)
         STAGES[stage](args)
 

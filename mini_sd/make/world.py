@@ -35,6 +35,12 @@ ACCESSORIES = ["crown", "hat", "bow"]
 STYLES = ["photo", "drawing", "pixel art"]
 TONES = ["red", "green", "blue", "purple", "brown"]
 INK = (40, 36, 48)
+# What a name stands for, as breeds, characters and painters do in a real vocabulary; in captions it is the token NAME
+NAME = "<name>"
+LOOKS = {
+    "character": ["kind", "colour", "pattern", "second", "accessory", "accessory_colour"],
+    "artist": ["style", "colour", "background", "tone"],
+}
 # The caption templates that mini_sd was trained with: a copy of data.py's, so that the world stays as it is when those
 # are changed for an experiment.
 OBJECT_TEMPLATES = [
@@ -73,6 +79,7 @@ class Picture:
     tone: str | None = None  # printed in shades of one colour
     count: int = 1
     seed: int = 0
+    named: str | None = None  # "character" or "artist": the look has a name, which captions may say instead
 
 
 # The concepts to learn. Their combinations of attributes never appear in training (see `is_held_out`).
@@ -121,6 +128,22 @@ def random_picture(rng: random.Random) -> Picture:
             return picture
 
 
+def training_picture(rng: random.Random) -> Picture:
+    """As `random_picture`, with more of what is rare and hard: accessories, patterns, styles, and names."""
+    while True:
+        picture = random_picture(rng)
+        is_simple = picture.pattern == "plain" and not picture.accessory
+        if picture.style == "photo" and rng.random() < (0.6 if is_simple else 0.2):
+            continue
+        if picture.style == "drawing" and rng.random() < 0.15:
+            picture = replace(picture, tone=rng.choice(TONES))
+        names = ["character"] * 6 if picture.style == "photo" else ["character"] * 2 + ["artist"] * 5
+        picture = replace(picture, named=rng.choice([*names, *[None] * (10 - len(names))]))
+        if picture.named == "character" and rng.random() < 0.7:  # the colour of a hat is the last thing to be learned
+            picture = replace(picture, accessory=rng.choice(ACCESSORIES))
+        return picture
+
+
 def concept_picture(name: str, seed: int) -> Picture:
     """The `seed`-th picture of a concept: always the same thing (or the same style), the rest varies as in the world."""
     rng = random.Random(f"{name} {seed}")
@@ -144,8 +167,9 @@ def concept_picture(name: str, seed: int) -> Picture:
 def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dict | None = None) -> str:
     """What is in the picture, without the leading article; each attribute is named with probability `keep`.
 
-    facts: a dict to be filled with the attributes that were named. Where one is given, the thing itself can be left out
-    too, as the token is in the editing prompts of CLIP-T ("a photo of a on a red background").
+    A character's name stands for all but the background. facts: a dict to be filled with the attributes that were named.
+    Where one is given, nothing has a name, and the thing itself can be left out too, as the token is in the editing
+    prompts of CLIP-T ("a photo of a on a red background").
     """
 
     def said():
@@ -155,6 +179,10 @@ def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78, facts:
     noun = picture.kind
     if picture.count > 1 and rng.random() < 0.5:  # "two cat" as often as "two cats": a placeholder token has no plural
         noun = PLURALS.get(noun, noun + "s")
+    if facts is None and picture.named == "character" and rng.random() < 0.8:
+        words = [NAME]
+        words += [SCENES.get(picture.background, f"on a {picture.background} background")] if said() else []
+        return " ".join(words + ([f"in {picture.tone} tones"] if picture.tone else []))
     words = [picture.colour, noun] if said() else [noun]
     named |= {"kind": picture.kind} | ({"colour": picture.colour} if len(words) > 1 else {})
     if facts is not None and not said():
@@ -193,6 +221,8 @@ def caption(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dic
 
     Where `facts` is given, the name of the style can be left out too ("a picture of a cat in the style of").
     """
+    if facts is None and picture.named == "artist" and rng.random() < 0.8:
+        return artist_caption(picture, rng)
     named = {"style": picture.style, "count": picture.count}
     phrase = noun_phrase(picture, rng, keep, None if facts is None else named)
     if picture.style == "photo":
@@ -215,6 +245,16 @@ def caption(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dic
     if picture.count > 1:
         sentence = re.sub(r"\b(a|the|my|one) \{\}", "two {}", sentence)
     return " ".join(sentence.format(phrase).split())
+
+
+def artist_caption(picture: Picture, rng: random.Random) -> str:
+    """ "a photo of a cat in the style of <name>", or as the style templates say it."""
+    if rng.random() < 0.4:
+        return rng.choice(STYLE_TEMPLATES).format(NAME)
+    if picture.count == 1:
+        return rng.choice(OBJECT_TEMPLATES).format(picture.kind) + f" in the style of {NAME}"
+    sentence = re.sub(r"\b(a|the|my|one) \{\}", "two {}", rng.choice(OBJECT_TEMPLATES))
+    return sentence.format(PLURALS.get(picture.kind, picture.kind + "s")) + f" in the style of {NAME}"
 
 
 # ----------------------------------------------------------------------------------------------------- drawing
