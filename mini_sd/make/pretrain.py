@@ -556,7 +556,7 @@ def stage_scorer(args):
     save_half(clip, args.out / "clip")
 
 
-DEFAULT_MINUTES = {"vae": 40, "clip": 28, "unet": 112, "together": 89, "scorer": 78, "decoder": 58}
+DEFAULT_MINUTES = {"vae": 40, "clip": 28, "unet": 112, "together": 114, "scorer": 78, "decoder": 58}
 STAGES = {
     "pictures": stage_pictures, "tokenizer": stage_tokenizer, "vae": stage_vae, "latents": stage_latents,
     "clip": stage_clip, "texts": stage_texts, "unet": stage_unet, "export": stage_export, "together": stage_together,
@@ -570,7 +570,7 @@ def main():
     parser.add_argument(
         "--minutes",
         type=float,
-        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 89 together, 78 scorer, 58 decoder)",
+        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 114 together, 78 scorer, 58 decoder)",
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=Path(mu.DEFAULT_MODEL), help="folder to export the model to")
