@@ -197,9 +197,6 @@ def test_a_fifo_is_never_opened(learn, tmp_path, capsys):
     (tmp_path / "embeddings").mkdir()
     os.mkfifo(tmp_path / "embeddings" / "a.pt")
     assert "--embedding" in sentence(sample.main, ["--embedding", str(tmp_path / "embeddings")], capsys)
-    os.mkfifo(tmp_path / "captions.txt")
-    with pytest.raises(mu.UserError, match="--templates: .*not a regular file"):
-        learn("--templates", str(tmp_path / "captions.txt"), out="other")
     (tmp_path / "locked").mkdir()
     os.mkfifo(tmp_path / "locked" / ".lock")
     mu.lock_folder(tmp_path / "locked")
@@ -363,11 +360,6 @@ def test_world_size_alone_is_no_torchrun(monkeypatch):
     assert mu.join_processes(torch.device("cpu")) == (0, 1)
 
 
-def test_two_billion_steps_are_announced_at_once():
-    args = train.parse_options(["--steps", "2000000000", "--lr", "0.02"])
-    assert 10_000 <= len(train.learning_rates(args)) <= 20_000
-
-
 def test_help_in_a_config_is_ignored(learn):
     folder = learn(steps=1)
     config = json.loads((folder / "config.json").read_text())
@@ -386,6 +378,7 @@ def test_a_long_error_is_cut(capsys):
     "argv, said",
     [
         (["--batch_size", "2147483648"], "--batch_size"),
+        (["--steps", "2000000000"], "--steps"),
         *[([option, ""], f"argument {option}") for option in ("--resume", "--model", "--masks", "--templates")],
         *[([option, ""], f"argument {option}") for option in ("--images", "--output_dir", "--initializer_token")],
         (["--placeholder_token", os.fsdecode(b"<caf\xe9>")], "is not UTF-8"),
@@ -423,16 +416,6 @@ def test_a_mask_that_is_a_fifo_is_never_opened(learn, image_folder, tmp_path):
         os.mkfifo(tmp_path / "masks" / path.name)
     with pytest.raises(mu.UserError, match="--masks: no mask of .*there is none"):
         learn("--masks", str(tmp_path / "masks"))
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_a_model_whose_tokens_are_broken_is_a_sentence(learn, tiny_model, tmp_path, value):
-    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
-    text_encoder = mu.load_text_encoder(model, "cpu")
-    text_encoder.get_input_embeddings().weight.fill_(value)
-    text_encoder.save_pretrained(model / "text_encoder")
-    with pytest.raises(mu.UserError, match="--model .*token table is zero or not finite"):
-        learn("--model", str(model))
 
 
 def test_a_tokenizer_with_numbers_beyond_the_table_is_a_sentence(learn, tiny_model, tmp_path):
