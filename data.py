@@ -209,7 +209,7 @@ def load_captions(paths, token, templates, templates_file=None):
 def _own_captions(path, token):
     """The lines of NAME.txt beside an image, each with {} or the token; none if there is no such file."""
     file = path.with_suffix(".txt")
-    lines = _read_lines(file, "--images") if file.is_file() and file != path else []
+    lines = _read_lines(file, "--images") if file.is_file() else []
     named = re.compile(rf"{{}}|(?<!\w){re.escape(token)}(?!\w)")  # 'kat' is not in 'katze', as in the tokenizer
     return [line if named.search(line) else f"{{}}, {line}" for line in lines]
 

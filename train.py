@@ -216,9 +216,7 @@ def announce(run, device, vocabulary_rms):
     rate = f"learning rate {max(rates):.2g} ({args.lr_scheduler})"
     print(mu.printable(f"training   {concept}, {steps}, {rate}, {args.precision} on {device}"))
     if args.steps >= 50 and not 0.4 < total / usual < 2.5:  # the token may be under- or overfitted
-        print(
-            f"note: learning rates add up to {total:.2g}, in --recipe {args.recipe} to {usual:.2g}: see --lr, --steps"
-        )
+        print(f"note: learning rates add up to {total:.2g} ({usual:.2g} in --recipe {args.recipe}): see --lr, --steps")
 
 
 def train(args):
@@ -267,6 +265,7 @@ def train(args):
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None)  # None: if no terminal
+    intervals = (args.log_steps, args.save_steps, args.preview_steps)
     finished, stopped = run.step >= args.steps or run.has_converged(), False
     with mu.catch_ctrl_c() as interrupted, bar:
         while not finished:
@@ -288,7 +287,8 @@ def train(args):
             bar.update()
 
             finished = run.step == args.steps or stopped
-            if not (finished or any(run.is_due(n) for n in (args.log_steps, args.save_steps, args.preview_steps))):
+            is_log_step, is_save_step, is_preview_step = (n > 0 and run.step % n == 0 for n in intervals)
+            if not (finished or is_log_step or is_save_step or is_preview_step):
                 continue
             if not learned_rows.isfinite().all():  # synchronizes with the device, as does all below
                 raise UserError(f"--lr {args.lr}: the embedding is not finite any more; try a lower one.")
@@ -305,9 +305,9 @@ def train(args):
             run.log(row, bar)
             finished = finished or run.has_converged()
             broken = bool(bad_steps >= MAX_BAD)
-            if rank == 0 and args.preview_steps and (finished or run.is_due(args.preview_steps)) and not stopped:
+            if rank == 0 and (is_preview_step or finished and args.preview_steps) and not stopped:
                 run.preview(components)
-            if rank == 0 and (finished or broken or run.is_due(args.save_steps)):
+            if rank == 0 and (is_save_step or finished or broken):
                 run.save(last=finished or broken)
             if broken:
                 raise UserError(f"{MAX_BAD} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
@@ -337,7 +337,7 @@ def train(args):
 
 EMBEDDING_FILES = ["learned_embeds.safetensors", "learned_embeds.bin"]
 RUN_FILES = ["state.pt", *EMBEDDING_FILES, "log.jsonl", "preview.png", "curves.png", "scores.json", "config.json"]
-CURVES = ["eval_loss", "loss", "grad_norm", "embedding_norm", "cosine_to_init"]
+CURVES = ["eval_loss", "loss", "grad_norm", "embedding_norm", "cosine_to_init"]  # of log.jsonl
 PREVIEW_ROWS = 20  # the newest ones: a preview takes as long at step 100,000 as at step 100
 
 
@@ -455,9 +455,6 @@ class Run:
         if bar.disable:
             print(f"step {self.step}/{self.args.steps}: {text}", file=sys.stderr)
 
-    def is_due(self, every):
-        return every > 0 and self.step % every == 0
-
     def has_converged(self):
         losses = [row["eval_loss"] for row in self.log_rows if row["step"] % self.args.log_steps == 0]  # evenly spaced
         return self.args.early_stop and has_converged([loss for loss in losses if loss is not None])
@@ -469,8 +466,7 @@ class Run:
         settings = {**mu.sampling_defaults(args.model), "height": args.resolution, "width": args.resolution}
         seeds = range(args.seed, args.seed + count)
         try:
-            # the VAE is not kept while training
-            vae = mu.load_vae(args.model, "cpu", revision=args.revision, variant=args.variant)
+            vae = mu.load_vae(args.model, "cpu", revision=args.revision, variant=args.variant)  # not kept
             images = sample.generate(components._replace(vae=vae), [prompt] * count, seeds, progress=False, **settings)
             self.previews[self.step] = row = sample.image_grid([*images], count, [f"step {self.step}"])
             self.previews = dict([*self.previews.items()][-PREVIEW_ROWS:])
@@ -499,8 +495,8 @@ class Run:
 def claim_folder(args):
     """Make the run's folder, --output_dir or the next of runs/<token>, runs/<token>-2, ... UserError if it fails."""
     token = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_")[:60] or "token"
-    new = (Path("runs", f"{token}-{i}" if i > 1 else token) for i in itertools.count(1))
-    for folder in [Path(args.output_dir)] if args.output_dir else new:
+    free = (Path("runs", f"{token}-{i}" if i > 1 else token) for i in itertools.count(1))
+    for folder in [Path(args.output_dir)] if args.output_dir else free:
         with suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
             args.output_dir = str(folder)
@@ -559,7 +555,7 @@ def build_parser():
     add("--model", "--pretrained_model_name_or_path", type=mu.path, default=mu.DEFAULT_MODEL, help="folder or Hub id")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--images", "--train_data_dir", type=mu.path, help="folder of 3 to 9 images, or one image (default: the kat's)")
+    add("--images", "--train_data_dir", type=mu.path, help="folder of 3 to 9 images, or one image (default: the kat)")
     add("--masks", type=mu.path, help="folder of masks named as the images; black and transparent parts do not count")
     add("--templates", type=mu.path, help="file of captions, one a line, with {} for the token (default: built-in "
         "ones, or the lines of NAME.txt beside NAME.jpg)")
