@@ -141,12 +141,11 @@ def draw_batch(dataset, batch_size, schedule, step, args):
 
 def batch_loss(components, batch):
     """The loss [B] of a batch, which is moved to the device here."""
-    device, dtype = components.unet.device, components.unet.dtype
-    latents, noise, timesteps, token_ids, mask = (mu.to_device(tensor, device) for tensor in batch)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    unet, schedule = components.unet, components.schedule
+    latents, noise, timesteps, token_ids, mask = (mu.to_device(tensor, unet.device) for tensor in batch)
+    with torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32):
         text_embeddings = mu.encode_tokens(components.text_encoder, token_ids)  # [B, L, dim]
-        schedule = components.schedule
-        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
+        return inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
 
 
 def backward(components, batch, total, size, scaler, learned_rows):
@@ -241,6 +240,8 @@ def train(args):
     mu.check_parts(args.model, None, text_encoder, unet, dataset.cache.mean[:1, 0])
     table = text_encoder.get_input_embeddings().weight  # [V, dim]
     vocabulary_rms = table.float().square().mean().sqrt().item()
+    if not 0 < vocabulary_rms < math.inf:
+        raise UserError(f"--model {args.model}: its token table is zero or not finite; take another checkpoint.")
     args.lr = args.lr or vocabulary_rms  # of --recipe fast
     init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
@@ -388,12 +389,10 @@ class Run:
     def restore(self):
         """Load the checkpoint, and log and previews up to its step. UserError if it is damaged or of another run."""
         path, own = self.folder / "state.pt", self.checkpoint()
-        content = path.read_bytes()
-        try:
+        intact, content = False, path.read_bytes()
+        with suppress(Exception):  # anything can be in it
             state = mu.load_pickle(content)
             intact = mu.same_form(state, own)
-        except Exception:
-            intact = False
         if not intact:
             raise UserError(f"--resume: {path} is damaged, or of another version; start anew with --overwrite.")
         for name, what in {
@@ -655,9 +654,7 @@ def resumed_options(args, argv):
     folder = args.output_dir or args.resume
     if folder == "latest":
         runs = [path for path in Path("runs").glob("*/config.json") if mu.read_config(path.parent)]
-        if not runs:
-            raise UserError("--resume: there is no run in runs/; name its folder with --output_dir.")
-        folder = str(max(runs, key=lambda path: path.stat().st_mtime).parent)
+        folder = str(max(runs, key=lambda path: path.stat().st_mtime, default=Path("runs", "none")).parent)
     config = mu.read_config(folder)
     learned = any(Path(folder, name).exists() for name in EMBEDDING_FILES)
     if not config or (learned and not Path(folder, "state.pt").is_file()):

@@ -175,7 +175,7 @@ def test_half_a_line_at_the_end_of_the_log_is_dropped(learn, resume):
 
 
 def test_resume_takes_the_newest_run_or_the_one_named(learn, refused):
-    assert "no run in runs/" in refused(["--resume"])
+    assert "--resume: runs has no checkpoint" in refused(["--resume"])
     learn(out="runs/kat"), learn("--placeholder_token", "<pup>", out="runs/pup")
     Path("runs/other").mkdir()
     Path("runs/other/config.json").write_text('{"of": "another program"}')

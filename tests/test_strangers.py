@@ -418,6 +418,16 @@ def test_a_mask_that_is_a_fifo_is_never_opened(learn, image_folder, tmp_path):
         learn("--masks", str(tmp_path / "masks"))
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_model_whose_tokens_are_broken_is_a_sentence(learn, tiny_model, tmp_path, value):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    text_encoder = mu.load_text_encoder(model, "cpu")
+    text_encoder.get_input_embeddings().weight.fill_(value)
+    text_encoder.save_pretrained(model / "text_encoder")
+    with pytest.raises(mu.UserError, match="--model .*token table is zero or not finite"):
+        learn("--model", str(model))
+
+
 def test_a_tokenizer_with_numbers_beyond_the_table_is_a_sentence(learn, tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
     path = model / "tokenizer" / "tokenizer.json"
