@@ -35,10 +35,9 @@ STYLE_TEMPLATES = [f"{what} in the style of {{}}" for what in [
     "a simple picture",
 ]]  # fmt: skip
 
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
-SUFFIXES |= {".heic", ".heif", ".hif"}
+SUFFIXES = set(".jpg .jpeg .jfif .png .apng .webp .gif .bmp .tif .tiff .avif .heic .heif .hif".split())
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]  # Pillow knows more, some of which start other programs
-MAX_PIXELS = 250_000_000  # the largest phone photos have 200 million; a file that claims more is a decompression bomb
+Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow refuses twice as many: a bomb. The largest phone photos have 200 million
 
 
 def list_images(folder):
@@ -52,19 +51,18 @@ def list_images(folder):
     try:
         entries = sorted(Path(folder).iterdir())
     except OSError as error:
-        what = f"cannot read the folder {str(folder)!r} ({error.strerror})"
-        raise UserError(f"--images: {what}; name a folder of images.") from error
+        raise UserError(f"--images: cannot read {str(folder)!r} ({error.strerror}); name a folder.") from error
     paths = [p for p in entries if _is_image(p)]
     others = sorted(repr(p.name) for p in set(entries) - set(paths) - {p.with_suffix(".txt") for p in paths})
-    if not paths:
-        full = [repr(str(p)) for p in entries if p.is_dir() and any(map(_is_image, p.glob("*")))]
-        if full:
-            raise UserError(f"--images: no images in {str(folder)!r} itself; did you mean {' or '.join(full[:3])}?")
-        found = f"only {_first(others)}" if others else "it is empty"
-        raise UserError(f"--images: no images in {str(folder)!r} ({found}); put in some, as {', '.join(FORMATS)}.")
-    if others:
-        print(f"skipped in {str(folder)!r}, not images: {_first(others)}", file=sys.stderr)
-    return paths
+    if paths:
+        if others:
+            print(f"skipped in {str(folder)!r}, not images: {_first(others)}", file=sys.stderr)
+        return paths
+    full = [repr(str(p)) for p in entries if p.is_dir() and any(map(_is_image, p.glob("*")))]
+    if full:
+        raise UserError(f"--images: no images in {str(folder)!r} itself; did you mean {' or '.join(full[:3])}?")
+    found = f"only {_first(others)}" if others else "it is empty"
+    raise UserError(f"--images: no images in {str(folder)!r} ({found}); put in some, as {', '.join(FORMATS)}.")
 
 
 def _is_image(path):
@@ -77,7 +75,6 @@ def read_image(path, resolution):
     The last channel is its alpha. Of an animation the first frame is taken. Images are cropped, never squashed.
     ValueError with the reason if the file cannot be read.
     """
-    pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # Pillow's own limit refuses 200 megapixels
     formats = FORMATS
     with contextlib.suppress(ImportError):
         import pillow_heif  # optional, for the HEIC files of iPhones
@@ -86,23 +83,19 @@ def read_image(path, resolution):
         formats = [*FORMATS, "HEIF"]
     try:
         with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
-            start = file.read(11)
+            start = file.read(10)
             image = Image.open(file, formats=formats)  # given a path, Pillow 13 garbles some turned TIFFs (memory map)
-            if (pixels := image.width * image.height) > MAX_PIXELS:
-                raise ValueError(f"{pixels // 10**6} megapixels, more than the limit of {MAX_PIXELS // 10**6}")
             image.draft(None, (3 * resolution, 3 * resolution))  # large JPEGs: decode at 1/2, 1/4 or 1/8 of the size
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF data is no reason to refuse the image
                 ImageOps.exif_transpose(image, in_place=True)
             square = _square(image, resolution)
     except UnidentifiedImageError:
-        if formats == FORMATS and start[4:] in (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"):  # whatever its suffix
+        if formats == FORMATS and start[4:] in (b"ftyphe", b"ftypmi", b"ftypms"):  # whatever its suffix
             raise ValueError("HEIC: pip install pillow-heif, or export as JPEG") from None
         raise ValueError("not an image of a known kind") from None
     except Exception as error:  # a damaged file can raise nearly anything inside Pillow
         raise ValueError(str(error) or type(error).__name__) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = pillow_limit
     if profile := image.info.get("icc_profile"):
         try:
             square = _to_srgb(square, profile)
@@ -118,11 +111,8 @@ def _square(image, resolution):
     """Resize the center square of an image -> [resolution, resolution] in mode L, LA, RGB, RGBA or CMYK."""
     if image.mode[0] in "IF":  # 16 and 32 bit grey: Pillow's convert would clip at 255 where it should scale
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
-        # 32 bit files do not say which number is white: the smallest usual one that no pixel exceeds
-        levels = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535)
-        white = min((level for level in levels if pixels.max() <= level), default=pixels.max())
-        pixels *= 255 / white
-        image = Image.fromarray(pixels.clip(0, 255, out=pixels).round(out=pixels).astype(np.uint8))
+        white = 65535 if image.mode.startswith("I;16") else max(1, pixels.max())  # 32 bit files do not say
+        image = Image.fromarray((pixels * (255 / white)).clip(0, 255).round().astype(np.uint8))
     if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
         # before the resize: palette indices cannot be averaged
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
@@ -157,21 +147,19 @@ def load_training_images(folder, resolution, masks_folder=None):
             paths.append(path)
         except ValueError as error:
             reasons.setdefault(str(error), []).append(repr(path.name))
-    failed = sum(map(len, reasons.values()))
     what = ", ".join(f"{_first(names)} ({reason})" for reason, names in reasons.items())
     if not paths:
         raise UserError(f"--images: no image in {str(folder)!r} can be read: {what}; give other files.")
-    if failed:
-        found = f"skipped {failed} of {failed + len(paths)} images in {str(folder)!r}"
-        print(f"{found}, cannot be read: {what}", file=sys.stderr)
+    if reasons:
+        count = sum(map(len, reasons.values()))
+        print(f"skipped {count} of {count + len(paths)} images, cannot be read: {what}", file=sys.stderr)
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # [N, 4, R, R]
     images, masks = pixels[:, :3] / 127.5 - 1, pixels[:, 3:] / 255
     if masks_folder:
         masks *= _read_masks(masks_folder, paths, resolution)
     for path, mask in zip(paths, masks, strict=True):
-        if not mask.any():
-            what = f"all of the center square of {str(path)!r} is transparent or masked"
-            raise UserError(f"--images: {what}, so that nothing of it counts; take it out.")
+        if not mask.any():  # nothing of it counts
+            raise UserError(f"--images: the whole center of {str(path)!r} is transparent or masked; take it out.")
     return images, masks, paths
 
 
@@ -182,17 +170,14 @@ def load_images(folder, resolution):
 
 def _read_masks(folder, paths, resolution):
     """The masks [N, 1, R, R] in [0, 1] of images: the alpha of the file of this name, or its grey if it has none."""
-    if not Path(folder).is_dir():
-        raise UserError(f"--masks: there is no folder {str(folder)!r}.")
     files = {file.stem: file for file in Path(folder).glob("*") if _is_image(file)}
     masks = []
     for path in paths:
         try:
             pixels = read_image(files[path.stem], resolution)
         except (KeyError, ValueError) as error:
-            reason = error if isinstance(error, ValueError) else "there is none"
-            what = f"no mask of {path.name!r} ({reason})"
-            raise UserError(f"--masks: {what}; give an image of this name that is white where it counts.") from error
+            reason = error if isinstance(error, ValueError) else f"there is none of this name in {str(folder)!r}"
+            raise UserError(f"--masks: no mask of {path.name!r} ({reason}); add one: white counts.") from error
         masks.append(pixels[..., 3] if pixels[..., 3].min() < 255 else pixels[..., :3].mean(axis=-1))
     return torch.from_numpy(np.stack(masks)[:, None].astype(np.float32) / 255)
 
@@ -207,15 +192,14 @@ def load_captions(paths, token, templates, templates_file=None):
     They are the templates, with the token for {}, or the lines of a file of such. Without the file an image can have
     captions of its own: the lines of NAME.txt beside it. UserError if a file cannot be read or a template has no {}.
     """
-    source = ""
     if templates_file:
-        templates, source = _read_lines(templates_file, "--templates"), f"captions of {templates_file}"
-        if not templates or not all("{}" in line for line in templates):
+        rows, source = [_read_lines(templates_file, "--templates")] * len(paths), f"captions of {templates_file}"
+        if not rows[0] or not all("{}" in line for line in rows[0]):
             raise UserError(f"--templates {templates_file}: every line needs {{}}, which stands for the token.")
-    rows = [templates if templates_file else _own_captions(path, token) or templates for path in paths]
-    own = [row for row in rows if row is not templates]
-    if own:
-        source = f"{len(own)} with captions such as {own[0][0]!r}"
+    else:
+        rows = [_own_captions(path, token) or templates for path in paths]
+        own = [row[0] for row in rows if row is not templates]
+        source = f"{len(own)} with captions such as {own[0]!r}" if own else ""
     place = {caption: i for i, caption in enumerate(dict.fromkeys(itertools.chain(*rows)))}
     longest = max(map(len, rows))
     choices = torch.tensor([[place[row[j % len(row)]] for j in range(longest)] for row in rows])  # [N, T]
@@ -225,15 +209,13 @@ def load_captions(paths, token, templates, templates_file=None):
 def _own_captions(path, token):
     """The lines of NAME.txt beside an image, each with {} or the token; none if there is no such file."""
     file = path.with_suffix(".txt")
-    lines = _read_lines(file, "--images") if file.is_file() and file != path else []
+    lines = _read_lines(file, "--images") if file.is_file() else []
     named = re.compile(rf"{{}}|(?<!\w){re.escape(token)}(?!\w)")  # 'kat' is not in 'katze', as in the tokenizer
     return [line if named.search(line) else f"{{}}, {line}" for line in lines]
 
 
 def _read_lines(path, option):
     try:
-        if not Path(path).is_file():  # a fifo would wait
-            raise OSError("not a regular file")
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{option}: {str(path)!r} cannot be read ({error}); give a file of UTF-8 text.") from error
@@ -253,9 +235,8 @@ def encode_dataset(vae, images, masks):
 
     A VAE is not symmetric: the images are mirrored, not their latents. UserError if it overflows.
     """
-    moments = []  # N pairs of [2, 4, h, w]
-    for image in tqdm(images, desc="encoding images", delay=2, leave=False, disable=None):
-        moments.append(encode_images(vae, torch.stack([image, image.flip(-1)]), 1))  # one at a time saves memory
+    bar = tqdm(images, desc="encoding images", delay=2, leave=False, disable=None)
+    moments = [encode_images(vae, torch.stack([image, image.flip(-1)]), 1) for image in bar]  # N pairs of [2, 4, h, w]
     mean, std = (torch.stack(part) for part in zip(*moments, strict=True))  # [N, 2, 4, h, w]
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise UserError("--model: its VAE makes latents of these images that are not finite; take another checkpoint.")

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # until training begins, also during the imports, Ct
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -81,7 +82,7 @@ def step_generator(seed, step):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 EVAL_SEED = 2**32  # in place of a step's number, and larger than any: seeds the evaluation batch
-MAX_BAD_STEPS = 20  # gradients in a row that are not finite
+MAX_BAD = 20  # gradients in a row that are not finite
 
 
 class Dataset(NamedTuple):
@@ -108,18 +109,17 @@ def load_dataset(args, tokenizer, placeholders, device):
     """Encode images and captions once. The VAE is freed afterwards. Sets args.resolution if it is not given."""
     vae = mu.load_vae(args.model, device, revision=args.revision, variant=args.variant)
     mu.check_parts(args.model, vae)
-    factor = mu.vae_factor(vae)
+    factor, token = mu.vae_factor(vae), args.placeholder_token
     args.resolution = args.resolution or min(mu.native_size(mu.read_unet_config(args.model, args.revision), vae))
     if args.resolution % factor:
         raise UserError(f"--resolution {args.resolution}: this model needs a multiple of {factor} pixels.")
     images, masks, paths = data.load_training_images(args.images, args.resolution, args.masks)
     templates = data.STYLE_TEMPLATES if args.learnable_property == "style" else data.OBJECT_TEMPLATES
-    captions, choices, source = data.load_captions(paths, args.placeholder_token, templates, args.templates)
+    captions, choices, source = data.load_captions(paths, token, templates, args.templates)
     token_ids = mu.tokenize(tokenizer, captions, placeholders)  # [captions, L]
-    for caption, ids in zip(captions, token_ids.tolist(), strict=True):
-        if placeholders[args.placeholder_token][0] not in ids:  # it would learn nothing
-            what = f"--placeholder_token {args.placeholder_token!r} is no word of its own in the caption {caption!r}"
-            raise UserError(f"{what}; put spaces around it, or take a token such as '<kat>'.")
+    lost = [caption for caption, ids in zip(captions, token_ids, strict=True) if placeholders[token][0] not in ids]
+    if lost:  # it would learn nothing
+        raise UserError(f"--placeholder_token: {token!r} is no word of its own in the caption {lost[0]!r}; add spaces.")
     fingerprint, summary = hashlib.sha256(images.numpy()), f"{len(images)} images"
     if source:
         fingerprint.update(repr((captions, choices.tolist())).encode())
@@ -141,22 +141,22 @@ def draw_batch(dataset, batch_size, schedule, step, args):
 
 def batch_loss(components, batch):
     """The loss [B] of a batch, which is moved to the device here."""
-    device, dtype = components.unet.device, components.unet.dtype
-    latents, noise, timesteps, token_ids, mask = (mu.to_device(tensor, device) for tensor in batch)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    unet, schedule = components.unet, components.schedule
+    latents, noise, timesteps, token_ids, mask = (mu.to_device(tensor, unet.device) for tensor in batch)
+    with torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32):
         text_embeddings = mu.encode_tokens(components.text_encoder, token_ids)  # [B, L, dim]
-        schedule = components.schedule
-        return inversion_loss(components.unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
+        return inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
 
 
 def backward(components, batch, total, size, scaler, learned_rows):
-    """Add this batch's part to the gradient of the mean loss of `total` images -> losses [B], the size that fits.
+    """Accumulate this batch's part of the gradient of the mean loss of `total` images -> losses [B], size.
 
-    `size` images go through the UNet at a time: half as many when the device runs out of memory, with the same result.
+    At most `size` images go through the UNet at once, half as many when the device runs out of memory. Together they
+    are one step, as if all did.
     """
     while True:
         losses = torch.zeros(len(batch.latents), device=components.unet.device)
-        parts = math.ceil(len(losses) / size)
+        parts = math.ceil(len(batch.latents) / size)
         try:
             for i in range(parts):
                 loss = batch_loss(components, batch.strided(i, parts))  # [size]
@@ -166,10 +166,10 @@ def backward(components, batch, total, size, scaler, learned_rows):
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        # outside the except block, whose traceback keeps the activations
-        size = math.ceil(min(size, len(losses)) / 2)
-        learned_rows.grad = None
+        # outside the except block, whose traceback keeps the activations, as does the loss
+        loss = learned_rows.grad = None
         torch.cuda.empty_cache()
+        size = math.ceil(min(size, len(batch.latents)) / 2)
         print(f"note: out of memory; a step now takes {size} of its images at a time, with the same result")
 
 
@@ -205,50 +205,17 @@ def has_converged(eval_losses, window=15, fraction=0.15):
 
 def announce(run, device, vocabulary_rms):
     """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
-    args, step = run.args, f"from step {run.step} to " if run.step else ""
-    rates = learning_rates(args)
-    what = f"{step}{args.steps} steps of {args.batch_size * args.grad_accum}"
-    what += f", learning rate {max(rates):.2g} ({args.lr_scheduler}), {args.timestep_sampling} timesteps"
-    concept = f"{args.placeholder_token} on {Path(args.model).name}: {run.dataset.summary}"
-    print(mu.printable(f"training   {concept}, {what}, {args.precision} on {device}"))
+    args, first = run.args, f"from step {run.step} to " if run.step else ""
     recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
     recipe.lr = recipe.lr or vocabulary_rms
-    total, usual = args.steps * np.mean(rates), recipe.steps * np.mean(learning_rates(recipe))
-    if args.steps >= 50 and not 0.4 < total / usual < 2.5:
-        far = f"--steps and --lr are far from --recipe {args.recipe}: the token may be under- or overfitted"
-        print(f"note: {far} (the learning rates add up to {total:.2g} and {usual:.2g})")
-
-
-def learning_rates(args):
-    """The learning rates of all steps, or of at least 10,000 evenly spaced ones."""
-    return [learning_rate(step, args) for step in range(0, args.steps, max(1, args.steps // 10_000))]
-
-
-def describe_rows(learned_rows, init_rows, table, vocabulary_norm, tokenizer):
-    """Logged statistics of the embedding: norm, cosine to the initializer, nearest tokens of the vocabulary."""
-    return {
-        "embedding_norm": learned_rows.norm(dim=1).mean().item(),
-        "vocabulary_norm": vocabulary_norm,
-        "cosine_to_init": torch.cosine_similarity(learned_rows, init_rows).mean().item(),
-        "nearest": mu.nearest_tokens(tokenizer, table, learned_rows),
-    }
-
-
-def preview(components, run):
-    """Add images of the token as it is now to preview.png. A preview that fails is reported and costs no step."""
-    args = run.args
-    if run.rank > 0:
-        return
-    prompt = args.preview_prompt or sample.PHOTO_PROMPT[args.learnable_property].format(args.placeholder_token)
-    settings = {**mu.sampling_defaults(args.model), "height": args.resolution, "width": args.resolution}
-    seeds = range(args.seed, args.seed + args.num_validation_images)
-    try:
-        vae = mu.load_vae(args.model, "cpu", revision=args.revision, variant=args.variant)  # not kept while training
-        components = components._replace(vae=vae)
-        images = sample.generate(components, [prompt] * len(seeds), seeds, progress=False, **settings)
-        run.add_preview(list(images))
-    except (UserError, OSError, RuntimeError, MemoryError) as error:  # no memory left, a full disk
-        print(mu.printable(f"warning: no preview of step {run.step} ({error})"), file=sys.stderr)
+    rates = [learning_rate(step, args) for step in range(args.steps)]
+    total, usual = sum(rates), sum(learning_rate(step, recipe) for step in range(recipe.steps))
+    concept = f"{args.placeholder_token} on {Path(args.model).name}: {run.dataset.summary}"
+    steps = f"{first}{args.steps} steps of {args.batch_size * args.grad_accum}, {args.timestep_sampling} timesteps"
+    rate = f"learning rate {max(rates):.2g} ({args.lr_scheduler})"
+    print(mu.printable(f"training   {concept}, {steps}, {rate}, {args.precision} on {device}"))
+    if args.steps >= 50 and not 0.4 < total / usual < 2.5:  # the token may be under- or overfitted
+        print(f"note: learning rates add up to {total:.2g} ({usual:.2g} in --recipe {args.recipe}): see --lr, --steps")
 
 
 def train(args):
@@ -256,12 +223,13 @@ def train(args):
     # 1. The data, and the frozen model with new rows, which start as the initializer token's
     device = mu.choose_device(args.device)
     rank, processes = mu.join_processes(device)
-    if processes > args.batch_size * args.grad_accum:
+    total, size = args.batch_size * args.grad_accum, args.batch_size  # images in a step, and at a time
+    if processes > total:
         raise UserError(f"--batch_size {args.batch_size}: a step has fewer images than the {processes} processes.")
     dtype = mu.choose_dtype(args.precision, device)
     args.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]  # kept on resume
     tokenizer = mu.load_tokenizer(args.model, args.revision)
-    mu.initializer_ids(tokenizer, args.initializer_token)  # fails early
+    mu.initializer_ids(tokenizer, args.initializer_token)  # a mistake is told before the images are encoded
     token_ids = mu.add_placeholder(tokenizer, args.placeholder_token, args.num_vectors)
     placeholders = {args.placeholder_token: token_ids}
     schedule = mu.load_schedule(args.model, args.revision).to(device)
@@ -279,10 +247,8 @@ def train(args):
     init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
     components = mu.Components(tokenizer, text_encoder, None, unet, schedule, placeholders)
-    training = components
-    if args.compile:
-        warnings.filterwarnings("ignore", message="Dynamo detected")  # about diffusers' code, not the user's
-        training = components._replace(unet=torch.compile(unet))
+    warnings.filterwarnings("ignore", message="Dynamo detected")  # about diffusers' code, not the user's
+    training = components._replace(unet=torch.compile(unet)) if args.compile else components
 
     # 2. The optimizer, and the run's folder, which restores what learns if it is resumed
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no sync with CUDA
@@ -291,19 +257,19 @@ def train(args):
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
     run = Run(args, dataset, mu.fingerprint(text_encoder, unet), learned_rows, optimizer, scaler, rank)
     announce(run, device, vocabulary_rms)
-    if args.preview_prompt and rank == 0:
+    if rank == 0 and args.preview_prompt:
         sample.check_prompts(components, [args.preview_prompt])
-    if args.preview_steps and run.step == 0:
-        preview(components, run)
+    if rank == 0 and args.preview_steps and run.step == 0:
+        run.preview(components)
 
     # 3. The loop
-    total, size = args.batch_size * args.grad_accum, args.batch_size  # images in a step, and at a time
     eval_batch = draw_batch(dataset, args.batch_size * math.ceil(4 / args.batch_size), schedule, EVAL_SEED, args)
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None)  # None: if no terminal
+    intervals = (args.log_steps, args.save_steps, args.preview_steps)
     vocabulary_norm = table.float().norm(dim=1).median().item()
-    start, finished, stopped = run.step, run.step >= args.steps or run.has_converged(), False
+    finished, stopped = run.step >= args.steps or run.has_converged(), False
     with mu.catch_ctrl_c() as interrupted, bar:
         while not finished:
             batch = draw_batch(dataset, total, schedule, run.step, args).strided(rank, processes)
@@ -324,26 +290,30 @@ def train(args):
             bar.update()
 
             finished = run.step == args.steps or stopped
-            if not (finished or any(run.is_due(n) for n in (args.log_steps, args.save_steps, args.preview_steps))):
+            is_log_step, is_save_step, is_preview_step = (n > 0 and run.step % n == 0 for n in intervals)
+            if not (finished or is_log_step or is_save_step or is_preview_step):
                 continue
-            run.refuse_broken_rows()  # synchronizes with the device, as does all below
+            if not learned_rows.isfinite().all():  # synchronizes with the device, as does all below
+                raise UserError(f"--lr {args.lr}: the embedding is not finite any more; try a lower one.")
             sums, counts = mu.sum_over_processes(loss_sums).tolist()
             loss_sums.zero_()
             eval_loss = mu.sum_over_processes(evaluation_loss(components, eval_batch, size)).item() / processes
             row = {"step": run.step, "loss": sum(sums) / sum(counts), "eval_loss": eval_loss}
             row["loss_by_timestep"] = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
-            row |= {"lr": lr, "grad_norm": grad_norm.item()}
-            row["skipped_steps"] = run.step - int(run.moments["step"])
-            run.log(row | describe_rows(learned_rows, init_rows, table, vocabulary_norm, tokenizer), bar)
+            row |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped_steps": run.step - int(run.moments["step"])}
+            row["embedding_norm"] = learned_rows.norm(dim=1).mean().item()
+            row["vocabulary_norm"] = vocabulary_norm
+            row["cosine_to_init"] = torch.cosine_similarity(learned_rows, init_rows).mean().item()
+            row["nearest"] = mu.nearest_tokens(tokenizer, table, learned_rows)
+            run.log(row, bar)
             finished = finished or run.has_converged()
-            if args.preview_steps and (finished or run.is_due(args.preview_steps)) and not stopped:
-                preview(components, run)
-            bad = int(bad_steps)
-            last = finished or bad >= MAX_BAD_STEPS
-            if last or run.is_due(args.save_steps):
-                run.save(last)
-            if bad >= MAX_BAD_STEPS:
-                raise UserError(f"{bad} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
+            broken = bool(bad_steps >= MAX_BAD)
+            if rank == 0 and (is_preview_step or finished and args.preview_steps) and not stopped:
+                run.preview(components)
+            if rank == 0 and (is_save_step or finished or broken):
+                run.save(last=finished or broken)
+            if broken:
+                raise UserError(f"{MAX_BAD} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
 
     # 4. How well it went
     if torch.distributed.is_initialized():
@@ -352,11 +322,12 @@ def train(args):
         command = f"python train.py --resume --output_dir {mu.quote(run.folder.as_posix())}"
         print(f"stopped after step {run.step}, all is saved; continue with: {command}")
         sys.exit(130)
+    if rank > 0:
+        return run.folder
     if run.step < args.steps:
         print(f"converged after step {run.step} (--early_stop)")
     try:
-        is_new = run.step > start or not (run.folder / "scores.json").exists()
-        if args.score and Path(args.model, "clip").is_dir() and rank == 0 and is_new:
+        if args.score and Path(args.model, "clip").is_dir():
             print("scoring    with 128 images of each token (--no-score leaves it out)")
             options = ["--score", "--embedding", str(run.folder), "--seed", str(args.seed), "--device", args.device]
             sample.run(sample.build_parser().parse_args([*options, "--batch_size", "32"]))
@@ -369,30 +340,23 @@ def train(args):
 
 EMBEDDING_FILES = ["learned_embeds.safetensors", "learned_embeds.bin"]
 RUN_FILES = ["state.pt", *EMBEDDING_FILES, "log.jsonl", "preview.png", "curves.png", "scores.json", "config.json"]
-CURVES = {
-    "eval_loss": "evaluation loss", "loss": "training loss", "grad_norm": "norm of the gradient",
-    "embedding_norm": "norm of the embedding", "cosine_to_init": "cosine to the initializer",
-}  # fmt: skip
+CURVES = ["eval_loss", "loss", "grad_norm", "embedding_norm", "cosine_to_init"]  # of log.jsonl
 PREVIEW_ROWS = 20  # the newest ones: a preview takes as long at step 100,000 as at step 100
 
 
 class Run:
-    """The folder of a run: checkpoint, embedding, log, preview. One that is resumed restores what learns.
+    """The folder of a run, written by rank 0: checkpoint, embedding, log, previews. Restored if it is resumed."""
 
-    Of several processes only the one of rank 0 writes.
-    """
-
-    def __init__(self, args, dataset, model_fingerprint, learned_rows, optimizer, scaler, rank):
-        self.args, self.dataset, self.model_fingerprint, self.rank = args, dataset, model_fingerprint, rank
+    def __init__(self, args, dataset, model, learned_rows, optimizer, scaler, rank):
+        self.args, self.dataset, self.model, self.rank = args, dataset, model, rank  # model: its fingerprint
         self.learned_rows, self.scaler = learned_rows, scaler
-        self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", [], None
+        self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", {}, None
         # AdamW makes its moments at the first step; made here, a checkpoint has the same form from the start
         self.moments = {name: torch.zeros_like(learned_rows) for name in ("exp_avg", "exp_avg_sq")}
         self.moments["step"] = torch.zeros((), device=learned_rows.device)  # steps that were not skipped
         optimizer.state[learned_rows] = self.moments
-        self.folder, self.lock = Path(args.output_dir or "runs"), None
+        self.folder = claim_folder(args) if rank == 0 else Path(args.output_dir or "runs")
         if rank == 0:
-            self.folder = claim_folder(args)
             self.lock = mu.lock_folder(self.folder)
             if not args.resume:  # another run may have begun and ended since the options were read
                 refuse_to_overwrite(self.folder, args.overwrite)
@@ -401,15 +365,13 @@ class Run:
             self.restore()
         if rank > 0:
             return
+        for name in [*RUN_FILES, "events.out.tfevents*"] if args.overwrite else []:
+            for path in self.folder.glob(name):
+                path.unlink()
         config = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
-        for name in ("images", "masks", "templates"):  # absolute: the run can be resumed from any folder
-            config[name] = config[name] and str(Path(config[name]).resolve())
-        config["model"] = mu.name_of_model(args.model)
+        paths = {name: str(Path(config[name]).resolve()) for name in ("images", "masks", "templates") if config[name]}
+        config |= paths | {"model": mu.name_of_model(args.model)}  # absolute: the run can be resumed from any folder
         text = json.dumps(config, indent=1, ensure_ascii=False).encode()
-        if not resumed:  # with --overwrite an earlier run may have left its files
-            events = self.folder.glob("events.out.tfevents*") if args.overwrite else []
-            for path in [*(self.folder / name for name in RUN_FILES), *events]:
-                path.unlink(missing_ok=True)
         mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text))
         lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
         mu.atomic_write(self.folder / "log.jsonl", lambda buffer: buffer.write(lines.encode()))
@@ -423,56 +385,45 @@ class Run:
     def checkpoint(self):
         """What state.pt holds (a few KB): what learns, the number of steps done, and what it belongs to."""
         learned = {"rows": self.learned_rows.data} | {f"adamw_{name}": x for name, x in self.moments.items()}
-        belongs_to = {"token": self.args.placeholder_token, "images": self.dataset.fingerprint}
-        belongs_to["model"] = self.model_fingerprint
+        belongs_to = {"token": self.args.placeholder_token, "images": self.dataset.fingerprint, "model": self.model}
         return {"step": self.step, "scaler": self.scaler.state_dict(), **learned, **belongs_to}
 
     def restore(self):
         """Load the checkpoint, and log and previews up to its step. UserError if it is damaged or of another run."""
         path, own = self.folder / "state.pt", self.checkpoint()
-        content = path.read_bytes()
-        began_with = {
+        intact, content = False, path.read_bytes()
+        with suppress(Exception):  # anything can be in it
+            state = mu.load_pickle(content)
+            intact = mu.same_form(state, own)
+        if not intact:
+            raise UserError(f"--resume: {path} is damaged, or of another version; start anew with --overwrite.")
+        for name, what in {
             "images": f"--images {self.args.images}: these are not the images, masks or captions",
             "model": f"--model {self.args.model}: this is not the model",
-            "token": f"{path}: {own['token']!r} in config.json is not the token",
-        }
-        try:
-            state = mu.load_pickle(content)
-            for name, what in began_with.items():
-                if isinstance(state[name], str) and state[name] != own[name]:
-                    raise UserError(f"{what} that {self.folder} began with.")
-            if not mu.same_form(state, own):
-                raise ValueError
-        except UserError:
-            raise
-        except Exception as error:
-            remedy = "start anew with --overwrite"
-            raise UserError(f"--resume: {path} is damaged, or of another version; {remedy}.") from error
+            "token": f"{self.folder / 'config.json'}: {own['token']!r} is not the token",
+        }.items():
+            if state[name] != own[name]:
+                raise UserError(f"{what} that {self.folder} began with.")
         for name, value in own.items():
             if isinstance(value, torch.Tensor):
                 value.copy_(state[name])
         self.scaler.load_state_dict(state["scaler"])
-        self.step, log = state["step"], self.folder / "log.jsonl"
+        self.step, log, preview = state["step"], self.folder / "log.jsonl", self.folder / "preview.png"
         for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
             with suppress(Exception):  # an incomplete or foreign line
                 row = json.loads(line)
                 if 0 < row["step"] <= self.step and all(isinstance(row[name], float | None) for name in CURVES):
                     self.log_rows.append(row)
-        self.restore_previews()
-
-    def refuse_broken_rows(self):
-        """UserError if the embedding is not finite: it is never saved."""
-        if not self.learned_rows.isfinite().all():
-            raise UserError(f"--lr {self.args.lr}: the embedding is not finite any more; try a lower one.")
+        if preview.is_file():
+            with suppress(Exception), Image.open(preview) as sheet:  # a damaged or foreign image
+                steps = json.loads(sheet.text["steps"])
+                height = sheet.height // (1 + len(steps))
+                boxes = [(0, i * height, sheet.width, (i + 1) * height) for i in range(1, 1 + len(steps))]
+                rows = zip(steps, boxes, strict=True)
+                self.previews = {step: sheet.crop(box) for step, box in rows if step <= self.step}
 
     def save(self, last=True):
-        """Write the checkpoint, then the embedding.
-
-        UserError if that fails at the last save of a run; before it another follows.
-        """
-        self.refuse_broken_rows()
-        if self.rank > 0:
-            return
+        """Write the checkpoint, then the embedding. UserError if the last save of a run fails, else a warning."""
         token, base_model = self.args.placeholder_token, mu.name_of_model(self.args.model)
         base_model = Path(base_model).name if Path(self.args.model).exists() else base_model  # no folders of one's own
         try:
@@ -486,6 +437,7 @@ class Run:
 
     def log(self, row, bar):
         """Add a line to log.jsonl; NaN and infinite numbers become null. Without a terminal the line is printed too."""
+        text = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", "eval_loss", "embedding_norm"))
         row = json.loads(json.dumps(row), parse_constant=lambda name: None)
         self.log_rows.append(row)
         if self.rank > 0:
@@ -497,50 +449,38 @@ class Run:
             self.unwritten = ""
         except OSError as error:
             print(f"warning: cannot write log.jsonl yet ({error.strerror})", file=sys.stderr)
-        if self.tensorboard:
-            for name, value in row.items():
-                if isinstance(value, float):
-                    self.tensorboard.add_scalar(name, value, self.step)
-        names = ("loss", "eval_loss", "embedding_norm")
-        text = ", ".join(f"{name} {float('nan') if row[name] is None else row[name]:.4f}" for name in names)
+        for name, value in row.items() if self.tensorboard else ():
+            if isinstance(value, float):
+                self.tensorboard.add_scalar(name, value, self.step)
         bar.set_postfix_str(text, refresh=False)
         if bar.disable:
             print(f"step {self.step}/{self.args.steps}: {text}", file=sys.stderr)
-
-    def is_due(self, every):
-        return every > 0 and self.step % every == 0
 
     def has_converged(self):
         losses = [row["eval_loss"] for row in self.log_rows if row["step"] % self.args.log_steps == 0]  # evenly spaced
         return self.args.early_stop and has_converged([loss for loss in losses if loss is not None])
 
-    def add_preview(self, images):
-        """Add a row of PIL images to preview.png, below the training images; the newest rows stay."""
-        row = sample.image_grid(images, len(images), [f"step {self.step}"])
-        self.previews = [*self.previews, (self.step, row)][-PREVIEW_ROWS:]
-        strips = [sample.image_grid(self.dataset.examples, len(images), ["training"])]
-        strips += [strip for _, strip in self.previews]
-        sheet = Image.new("RGB", (row.width, row.height * len(strips)), "white")
-        for i, strip in enumerate(strips):
-            sheet.paste(strip, (0, i * row.height))
-        steps = json.dumps([step for step, _ in self.previews])
-        sample.save_png(sheet, self.folder / "preview.png", {"steps": steps})
-
-    def restore_previews(self):
-        """Read the rows of preview.png up to the step of the checkpoint; none if it is not there or damaged."""
-        path = self.folder / "preview.png"
-        if not path.is_file():
-            return
-        with suppress(Exception), Image.open(path) as sheet:
-            steps = json.loads(sheet.text["steps"])
-            height = sheet.height // (1 + len(steps))
-            strips = [sheet.crop((0, i * height, sheet.width, (i + 1) * height)) for i in range(1, 1 + len(steps))]
-            self.previews = [pair for pair in zip(steps, strips, strict=True) if pair[0] <= self.step]
+    def preview(self, components):
+        """Add images of the token as it is now to preview.png. A preview that fails is reported and costs no step."""
+        args, count = self.args, self.args.num_validation_images
+        prompt = args.preview_prompt or sample.PHOTO_PROMPT[args.learnable_property].format(args.placeholder_token)
+        settings = {**mu.sampling_defaults(args.model), "height": args.resolution, "width": args.resolution}
+        seeds = range(args.seed, args.seed + count)
+        try:
+            vae = mu.load_vae(args.model, "cpu", revision=args.revision, variant=args.variant)  # not kept
+            images = sample.generate(components._replace(vae=vae), [prompt] * count, seeds, progress=False, **settings)
+            self.previews[self.step] = row = sample.image_grid([*images], count, [f"step {self.step}"])
+            self.previews = dict([*self.previews.items()][-PREVIEW_ROWS:])
+            rows = [sample.image_grid(self.dataset.examples, count, ["training"]), *self.previews.values()]
+            sheet = Image.new("RGB", (row.width, row.height * len(rows)), "white")
+            for i, strip in enumerate(rows):
+                sheet.paste(strip, (0, i * row.height))
+            sample.save_png(sheet, self.folder / "preview.png", {"steps": json.dumps([*self.previews])})
+        except (UserError, OSError, RuntimeError, MemoryError) as error:  # no memory left, a full disk
+            print(mu.printable(f"warning: no preview of step {self.step} ({error})"), file=sys.stderr)
 
     def finish(self):
         """Say where everything is and what to do next, and plot the log."""
-        if self.rank > 0:
-            return
         if self.tensorboard:
             self.tensorboard.close()
         print(f"{'embedding':11}{self.folder / EMBEDDING_FILES[0]}")
@@ -549,26 +489,31 @@ class Run:
         prompt = sample.EDITING_PROMPTS[self.args.learnable_property][-1].format(self.args.placeholder_token)
         options = f"--embedding {mu.quote(self.folder.as_posix())} --prompt {mu.quote(prompt)}"
         print(f"{'try next':11}python sample.py {options}")
-        panels = {title: [(row["step"], row[name]) for row in self.log_rows] for name, title in CURVES.items()}
+        panels = {name: [(row["step"], row[name]) for row in self.log_rows] for name in CURVES}
         sample.plot_curves(panels, self.folder / "curves.png")
 
 
 def claim_folder(args):
-    """Make the run's folder: --output_dir, else the next free of runs/<token>, runs/<token>-2, ... -> its path.
-
-    UserError if it cannot be made.
-    """
+    """Make the run's folder, --output_dir or the next of runs/<token>, runs/<token>-2, ... UserError if it fails."""
     token = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_")[:60] or "token"
-    names = (f"{token}-{i}" if i > 1 else token for i in itertools.count(1))
-    for folder in [Path(args.output_dir)] if args.output_dir else (Path("runs", name) for name in names):
-        try:
+    free = (Path("runs", f"{token}-{i}" if i > 1 else token) for i in itertools.count(1))
+    for folder in [Path(args.output_dir)] if args.output_dir else free:
+        with suppress(FileExistsError):
             folder.mkdir(parents=True, exist_ok=bool(args.output_dir))
-        except FileExistsError:
-            if folder.is_dir():
-                continue  # of another run, perhaps begun at the same moment
-            raise UserError(f"--output_dir {folder} cannot be made: a file or broken link is in its way.") from None
-        args.output_dir = str(folder)
-        return folder
+            args.output_dir = str(folder)
+            return folder
+        if not folder.is_dir():  # else of another run, perhaps begun at the same moment
+            raise UserError(f"--output_dir {folder} cannot be made: a file or broken link is in its way.")
+
+
+def refuse_to_overwrite(folder, overwrite=False):
+    """UserError if a folder holds a run, unless that may be overwritten, or files of another program."""
+    held = [name for name in RUN_FILES if Path(folder, name).exists()]
+    is_run = bool(mu.read_config(folder)) and not any(Path(folder, name).is_dir() for name in held)
+    if held and not is_run:
+        raise UserError(f"--output_dir {folder} holds '{held[0]}' and is not a run's folder: name another.")
+    if not overwrite and {"state.pt", *EMBEDDING_FILES} & set(held):  # else it failed before it saved
+        raise UserError(f"--output_dir {folder} holds a run: add --resume or --overwrite, or name another.")
 
 
 # --- Options ----------------------------------------------------------------------------------------------------------
@@ -576,22 +521,17 @@ def claim_folder(args):
 # Two sets of defaults; an option that is given overrides its entry. The bundled model's folder names "fast", which was
 # found on it; "notebook" is what most people have used with Stable Diffusion 1 and 2 (Hugging Face's notebook).
 RECIPES = {
-    "notebook": {
-        "steps": 2000, "batch_size": 4, "lr": 2e-3, "lr_scheduler": "constant", "lr_warmup_steps": 0,
-        "timestep_sampling": "uniform",
-    },
-    "fast": {
-        "steps": 250, "batch_size": 8, "lr": None,  # None: the root mean square of the vocabulary's entries
-        "lr_scheduler": "cosine", "lr_warmup_steps": 10, "timestep_sampling": "cubic",
-    },
+    "notebook": {"steps": 2000, "batch_size": 4, "lr": 2e-3, "lr_scheduler": "constant", "lr_warmup_steps": 0,
+                 "timestep_sampling": "uniform"},
+    "fast": {"steps": 250, "batch_size": 8, "lr": None, "lr_scheduler": "cosine", "lr_warmup_steps": 10,
+             "timestep_sampling": "cubic"},  # lr None: the root mean square of the vocabulary's entries
 }  # fmt: skip
 
 # What may change when a run is resumed; anything else would change its course. More --steps stretch a decaying rate.
 # Of the files, which may have moved, the contents are compared: images, masks, captions, weights.
-FREE_TO_CHANGE = {*"steps save_steps log_steps preview_steps preview_prompt num_validation_images save_bin".split()}
-FREE_TO_CHANGE |= {*"score tensorboard early_stop compile gradient_checkpointing device output_dir".split()}
-FREE_TO_CHANGE |= {*"images masks templates model".split()}
-NOT_STORED = {*"resume overwrite num_train_epochs repeats report_to no_effect".split()}
+FREE_TO_CHANGE = """steps save_steps log_steps preview_steps preview_prompt num_validation_images save_bin score
+tensorboard early_stop compile gradient_checkpointing device output_dir images masks templates model""".split()
+NOT_STORED = {"resume", "overwrite", "num_train_epochs", "repeats", "report_to", "no_effect"}
 
 # Options of diffusers' script that change nothing here: accepted, and named in one line.
 NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf32 --use_8bit_adam --tokenizer_name
@@ -600,7 +540,7 @@ NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf
 --lr_num_cycles""".split()
 
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
-COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
+COUNT, COUNT_OR_ZERO, IMAGES = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1), mu.number(int, 1, 4096)
 
 
 def initializer(text):
@@ -611,39 +551,33 @@ def initializer(text):
 
 def build_parser():
     parser = mu.Parser("Teach a frozen Stable Diffusion a new token from a few images (textual inversion).")
-    add = parser.add_argument_group("model and concept").add_argument
     # fmt: off
-    add("--model", "--pretrained_model_name_or_path", type=mu.path, default=mu.DEFAULT_MODEL,
-        help="folder or Hub id (default: the bundled mini_sd)")
+    add = parser.add_argument_group("model and concept").add_argument
+    add("--model", "--pretrained_model_name_or_path", type=mu.path, default=mu.DEFAULT_MODEL, help="folder or Hub id")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--images", "--train_data_dir", type=mu.path, help="folder of training images, 3 to 9 are usual, or one image; "
-        "transparent parts do not count (default: the bundled kat)")
-    add("--masks", type=mu.path, help="folder of masks with the names of the images: white parts count, black ones do "
-        "not")
+    add("--images", "--train_data_dir", type=mu.path, help="folder of 3 to 9 images, or one image (default: the kat)")
+    add("--masks", type=mu.path, help="folder of masks named as the images; black and transparent parts do not count")
     add("--templates", type=mu.path, help="file of captions, one a line, with {} for the token (default: built-in "
-        "ones, or for NAME.jpg the lines of NAME.txt beside it, where the token is put in front if there is no {})")
+        "ones, or the lines of NAME.txt beside NAME.jpg)")
     add("--placeholder_token", default="<kat>", help="the new token")
-    add("--initializer_token", type=initializer,
-        help="word (or embedding file) that the new token starts as (default: cat, for the kat)")
+    add("--initializer_token", type=initializer, help="word or embedding file that it starts as (default: cat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
     add("--num_vectors", type=mu.number(int, 1, mu.MAX_VECTORS), default=1, help="embedding vectors of the token")
     add("--resolution", type=mu.number(int, 1, 8192), help="size of the training images (default: the model's own)")
     add = parser.add_argument_group("optimization (defaults by --recipe)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
-    add("--steps", "--max_train_steps", type=COUNT, help="optimizer steps (notebook: 2000, fast: 250)")
-    add("--batch_size", "--train_batch_size", type=mu.number(int, 1, 4096),
-        help="images per pass, split when memory runs out (notebook: 4, fast: 8)")
-    add("--grad_accum", "--gradient_accumulation_steps", type=mu.number(int, 1, 4096), default=1,
-        help="passes per optimizer step")
-    add("--lr", "--learning_rate", type=mu.number(float, 1e-12, 1e6), help="peak learning rate "
-        "(notebook: 2e-3, fast: root mean square of the vocabulary's entries, .02 for the bundled model)")
-    add("--scale_lr", action="store_true", help="multiply the learning rate by the images per step")
+    add("--steps", "--max_train_steps", type=mu.number(int, 1, 10**6), help="optimizer steps (notebook 2000, fast 250)")
+    add("--batch_size", "--train_batch_size", type=IMAGES, help="images a pass, split if need be (notebook 4, fast 8)")
+    add("--grad_accum", "--gradient_accumulation_steps", type=IMAGES, default=1, help="passes per optimizer step")
+    add("--lr", "--learning_rate", type=mu.number(float, 1e-12, 1e6),
+        help="peak learning rate (notebook 2e-3, fast root mean square of the vocabulary's entries, .02 for mini_sd)")
+    add("--scale_lr", action=FLAG, default=False, help="multiply the learning rate by the images per step")
     add("--lr_scheduler", choices=["constant", "constant_with_warmup", "linear", "cosine", "polynomial"],
-        help="learning rate schedule (notebook: constant, fast: cosine)")
-    add("--lr_warmup_steps", type=COUNT_OR_ZERO, help="steps of linear warm-up (notebook: 0, fast: 10)")
-    add("--timestep_sampling", choices=["uniform", "cubic"], help="uniform is the paper's; cubic favours high noise "
-        "levels and learns sooner (notebook: uniform, fast: cubic)")
+        help="learning rate schedule (notebook constant, fast cosine)")
+    add("--lr_warmup_steps", type=COUNT_OR_ZERO, help="steps of linear warm-up (notebook 0, fast 10)")
+    add("--timestep_sampling", choices=["uniform", "cubic"],
+        help="uniform is the paper's; cubic favours high noise and learns sooner (notebook uniform, fast cubic)")
     add("--early_stop", action=FLAG, default=False, help="stop once the evaluation loss has plateaued")
     add("--seed", type=mu.number(int, 0, 2**63 - 1), default=0, help="random seed")
     add = parser.add_argument_group("hardware").add_argument
@@ -652,12 +586,12 @@ def build_parser():
         help="precision of the frozen weights and of autocast")
     add("--gradient_checkpointing", action=FLAG, default=False, help="save memory, with a slower backward pass")
     add("--compile", action=FLAG, default=False, help="compile the UNet: minutes for the first step, then faster ones")
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", "--out", type=mu.path,
-        help="folder of the run (default: the next free of runs/TOKEN, runs/TOKEN-2, ...)")
-    add("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
-    add("--resume", "--resume_from_checkpoint", type=mu.path, nargs="?", const="latest", metavar="FOLDER",
-        help="continue the run in this folder, in --output_dir, or the newest one")
+    output = parser.add_argument_group("output")
+    add, either = output.add_argument, output.add_mutually_exclusive_group().add_argument
+    add("--output_dir", "--out", type=mu.path, help="folder of the run (default: runs/TOKEN, then runs/TOKEN-2, ...)")
+    either("--overwrite", action="store_true", help="start anew in an --output_dir that holds a run")
+    either("--resume", "--resume_from_checkpoint", type=mu.path, nargs="?", const="latest", metavar="FOLDER",
+           help="continue the run in this folder, in --output_dir, or the newest one")
     add("--save_steps", "--checkpointing_steps", type=COUNT, default=100, help="steps between checkpoints")
     add("--save_bin", action=FLAG, default=False, help="also write learned_embeds.bin")
     add("--log_steps", type=COUNT, default=20, help="steps between lines of log.jsonl")
@@ -668,65 +602,52 @@ def build_parser():
     # What else commands for diffusers' script may hold: it means the same here, or is named as without effect
     hidden = {"help": argparse.SUPPRESS}
     add("--no_safe_serialization", action="store_true", dest="save_bin", default=argparse.SUPPRESS, **hidden)
-    add("--report_to", **hidden)
-    add("--num_validation_images", type=COUNT, default=4, **hidden)
+    add("--report_to", default="none", **hidden)
+    add("--num_validation_images", type=IMAGES, default=4, **hidden)
     add("--num_train_epochs", type=COUNT, **hidden)
     add("--repeats", type=COUNT, default=100, **hidden)  # of the images in an epoch
     for option in NO_EFFECT:
         name = {"const": option, "type": lambda value, option=option: option}  # instead of its value
-        add(option, nargs="?", action="append", dest="no_effect", **name, **hidden)
+        add(option, nargs="?", action="append", dest="no_effect", default=[], **name, **hidden)
     # fmt: on
     return parser
 
 
 def parse_options(argv):
-    """Command line -> options; those of a resumed run are read first, as if they stood before the others.
-
-    UserError if they do not fit together or would overwrite something.
-    """
+    """Command line -> options. UserError if they do not fit together or would overwrite something."""
     args = build_parser().parse_args(argv)
-    if args.resume and args.overwrite:
-        raise UserError("--resume continues a run, --overwrite starts it anew: choose one.")
     if args.resume:
         args = resumed_options(args, argv)
     elif args.output_dir:
         refuse_to_overwrite(args.output_dir, args.overwrite)
     if args.images and not args.initializer_token:
-        what = "a word for what they show, such as cat; the token starts as it"
-        raise UserError(f"--images needs --initializer_token: {what}.")
-    if args.images and args.model == mu.DEFAULT_MODEL and not Path(args.images).resolve().is_relative_to(args.model):
-        note = "note: the bundled model knows a picture book of 64 px; for photographs name another --model"
-        print(f"{note}, such as CompVis/stable-diffusion-v1-4", file=sys.stderr)
+        raise UserError("--images needs --initializer_token: the word for what they show, such as cat, to start from.")
     args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
-    if args.output_dir and not args.resume:
-        folder, images = Path(args.output_dir).resolve(), Path(args.images).resolve()
-        if images in [folder, *folder.parents] or (images.is_file() and images.parent == folder):
-            why = f"lies in --images {args.images}: its images would be mixed up with them"
-            raise UserError(f"--output_dir {args.output_dir} {why}; name a folder elsewhere.")
-    epochs = 0 if args.steps else args.num_train_epochs
+    images, folder = Path(args.images).resolve(), Path(args.output_dir or "").resolve()
+    if args.model == mu.DEFAULT_MODEL and not images.is_relative_to(args.model):
+        print("note: the bundled model knows only a picture book of 64 px; for photos name a --model", file=sys.stderr)
+    inside = images in [folder, *folder.parents] or (images.is_file() and images.parent == folder)
+    if inside and args.output_dir and not args.resume:  # its images would be mixed up with them
+        raise UserError(f"--output_dir {args.output_dir} lies in --images {args.images}; name a folder elsewhere.")
     if not args.recipe:
         args.recipe = mu.Settings(Path(args.model, "model_index.json")).get("_recipe", "notebook", list(RECIPES))
+    epochs = 0 if args.steps else args.num_train_epochs
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if epochs:
-        examples, per_step = len(data.list_images(args.images)) * args.repeats, args.batch_size * args.grad_accum
-        args.steps = epochs * math.ceil(examples / per_step)
-    if args.report_to == "tensorboard":
-        args.tensorboard = True
-    elif args.report_to not in (None, "none"):
-        args.no_effect = [*(args.no_effect or []), f"--report_to {args.report_to}"]
+        examples = len(data.list_images(args.images)) * args.repeats
+        args.steps = epochs * math.ceil(examples / (args.batch_size * args.grad_accum))
+    args.tensorboard |= args.report_to == "tensorboard"
+    if args.report_to not in ("none", "tensorboard"):
+        args.no_effect.append(f"--report_to {args.report_to}")
     if args.no_effect:
         print(mu.printable(f"note: without effect here: {', '.join(args.no_effect)}"), file=sys.stderr)
-    if args.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError as error:
-            raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.")
     if args.early_stop and args.steps <= 15 * args.log_steps:
-        more = f"more than {15 * args.log_steps} --steps, or a smaller --log_steps"
-        print(f"note: --early_stop cannot take effect here: it needs {more}", file=sys.stderr)
+        print(f"note: --early_stop needs more than {15 * args.log_steps} --steps or fewer --log_steps", file=sys.stderr)
     return args
 
 
@@ -734,26 +655,17 @@ def resumed_options(args, argv):
     """The options of the run's config.json, followed by those of the command line. UserError if its course changes."""
     folder = args.output_dir or args.resume
     if folder == "latest":
-        named = any(word.startswith("--placeholder_token") for word in argv)
-        runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-        tokens = {path.parent: mu.read_config(path.parent).get("placeholder_token") for path in runs}
-        runs = [run for run, token in tokens.items() if token and (token == args.placeholder_token or not named)]
-        if not runs:
-            raise UserError("--resume: there is no such run in runs/; name its folder with --output_dir.")
-        folder = str(runs[-1])
+        runs = [path for path in Path("runs").glob("*/config.json") if mu.read_config(path.parent)]
+        folder = str(max(runs, key=lambda path: path.stat().st_mtime, default=Path("runs", "none")).parent)
     config = mu.read_config(folder)
     learned = any(Path(folder, name).exists() for name in EMBEDDING_FILES)
-    if not Path(folder, "state.pt").is_file() and (learned or not config):
-        raise UserError(f"--resume: there is no checkpoint {Path(folder, 'state.pt')}; name the folder of a run.")
-    if not config:
-        raise UserError(f"--resume: {folder} has no config.json with the options it began with; start another run.")
+    if not config or (learned and not Path(folder, "state.pt").is_file()):
+        raise UserError(f"--resume: {folder} has no checkpoint state.pt, or no config.json; name the folder of a run.")
     config_argv = []
-    for action in build_parser()._actions:
-        value = config.get(action.dest) if action.dest in args else None  # --help is not
-        if action.nargs == 0:  # a flag
-            config_argv += [s for s in action.option_strings if s.startswith("--no-") != bool(value)][:1]
-        elif value is not None:
-            config_argv.append(f"{action.option_strings[0]}={value}")
+    for name, value in config.items():
+        if name in args and value is not None:
+            flag = f"--{name}" if value else f"--no-{name}"
+            config_argv.append(flag if isinstance(value, bool) else f"--{name}={value}")
     try:
         before = build_parser().parse_args(config_argv)
     except UserError as error:
@@ -761,26 +673,14 @@ def resumed_options(args, argv):
     args = build_parser().parse_args([*config_argv, *argv])
     if args.model == before.model:
         mu.refuse_download(args.model, args.revision, args.variant)
-    shown = f"{args.placeholder_token}, model {args.model}, images {args.images}"
-    print(f"resuming   {mu.printable(folder)}: {mu.printable(shown)}")
+    print(mu.printable(f"resuming   {folder}: {args.placeholder_token}, model {args.model}, images {args.images}"))
     args.output_dir = folder
     args.precision = {"auto": before.precision, "no": "fp32"}.get(args.precision, args.precision)
-    for name, value in vars(before).items():
-        if name not in FREE_TO_CHANGE | NOT_STORED and getattr(args, name) != value:
-            was = f"--{name} was {value!r} and is now {getattr(args, name)!r}"
-            raise UserError(f"--resume would change the course of {folder}: {was}; leave it or start another run.")
+    for name, was in vars(before).items():
+        if name not in FREE_TO_CHANGE and name not in NOT_STORED and getattr(args, name) != was:
+            change = f"--{name} was {was!r} and is now {getattr(args, name)!r}"
+            raise UserError(f"--resume would change the course of {folder}: {change}; leave it or start another run.")
     return args
-
-
-def refuse_to_overwrite(folder, overwrite=False):
-    """UserError if a folder holds a run, unless that may be overwritten, or files of another program."""
-    held = [name for name in RUN_FILES if Path(folder, name).exists()]
-    is_run = bool(mu.read_config(folder)) and not any(Path(folder, name).is_dir() for name in held)
-    has_learned = bool({"state.pt", *EMBEDDING_FILES} & set(held))  # else it failed before it saved
-    if not held or (is_run and (overwrite or not has_learned)):
-        return
-    what = "a run: add --resume or --overwrite, or" if is_run else f"'{held[0]}' and is not a run's folder:"
-    raise UserError(f"--output_dir {folder} holds {what} name another.")
 
 
 def main(argv=None):

@@ -245,7 +245,7 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path, monke
     path, limit = tmp_path / "bomb.png", Image.MAX_IMAGE_PIXELS
     path.write_bytes(png_bomb(20_000))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match="400 megapixels, more than the limit of 250"):
+    with pytest.raises(ValueError, match="400000000 pixels.* exceeds limit of 250000000"):
         read_image(path, 16)
     assert limit == Image.MAX_IMAGE_PIXELS  # the rest of the program keeps the limit it had
 
@@ -302,7 +302,8 @@ def test_damaged_images_are_skipped_in_one_line_that_says_why(tmp_path, capsys):
     (folder / "d.png").write_bytes(png_bomb(60_000))
     assert torch.equal(load_images(folder, 16)[:, :, 0, 0], torch.tensor([RED, BLUE]) / 127.5 - 1)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "'b.jpg' (image file is truncated" in error and "'d.png' (3600 mega" in error
+    assert error.count("\n") == 1 and "'b.jpg' (image file is truncated" in error
+    assert "'d.png' (Image size (3600000000 pixels)" in error
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,6 @@ def test_a_fifo_is_never_opened(learn, tiny_model, tmp_path, capsys):
     (tmp_path / "embeddings").mkdir()
     os.mkfifo(tmp_path / "embeddings" / "a.pt")
     assert "--embedding" in sentence(sample.main, ["--embedding", str(tmp_path / "embeddings")], capsys)
-    os.mkfifo(tmp_path / "captions.txt")
-    with pytest.raises(mu.UserError, match="--templates: .*not a regular file"):
-        learn("--templates", str(tmp_path / "captions.txt"), out="other")
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     (model / "vae" / "config.json").unlink()
     os.mkfifo(model / "vae" / "config.json")
@@ -353,11 +350,6 @@ def test_world_size_alone_is_no_torchrun(monkeypatch):
     assert mu.join_processes(torch.device("cpu")) == (0, 1)
 
 
-def test_two_billion_steps_are_announced_at_once():
-    args = train.parse_options(["--steps", "2000000000", "--lr", "0.02"])
-    assert 10_000 <= len(train.learning_rates(args)) <= 20_000
-
-
 def test_help_in_a_config_is_ignored(learn):
     folder = learn(steps=1)
     config = json.loads((folder / "config.json").read_text())
@@ -376,6 +368,7 @@ def test_a_long_error_is_cut(capsys):
     "argv, said",
     [
         (["--batch_size", "2147483648"], "--batch_size"),
+        (["--steps", "2000000000"], "--steps"),
         *[([option, ""], f"argument {option}") for option in ("--resume", "--model", "--masks", "--templates")],
         *[([option, ""], f"argument {option}") for option in ("--images", "--output_dir", "--initializer_token")],
         (["--placeholder_token", os.fsdecode(b"<caf\xe9>")], "is not UTF-8"),
