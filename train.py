@@ -396,7 +396,7 @@ class Run:
             state = mu.load_pickle(content)
             intact = mu.same_form(state, own)
         if not intact:
-            raise UserError(f"--resume: {path} is damaged, or of another version; start anew with --overwrite.")
+            raise UserError(f"--resume: {path} is damaged or of another model or version; start anew: --overwrite.")
         for name, what in {
             "images": f"--images {self.args.images}: these are not the images, masks or captions",
             "model": f"--model {self.args.model}: this is not the model",
