@@ -80,6 +80,21 @@ def test_halves_need_not_be_even_and_accumulation_halves_too(command, monkeypatc
     torch.testing.assert_close(rows_of("parts"), rows_of("whole"), atol=1e-5, rtol=0)
 
 
+def test_what_was_added_before_memory_ran_out_is_not_added_twice(command, monkeypatch):
+    train.main(command("--out", "whole", "--grad_accum", "2"))
+    real, calls = train.inversion_loss, []
+
+    def loss(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the second half of the first step
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*args)
+
+    monkeypatch.setattr(train, "inversion_loss", loss)
+    train.main(command("--out", "parts", "--grad_accum", "2"))
+    torch.testing.assert_close(rows_of("parts"), rows_of("whole"), atol=1e-5, rtol=0)
+
+
 def test_a_single_image_that_does_not_fit_ends_the_run(command, monkeypatch, capsys):
     out_of_memory_above(0, monkeypatch)
     with pytest.raises(SystemExit):

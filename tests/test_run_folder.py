@@ -152,6 +152,15 @@ def test_previews_of_a_resumed_run_are_those_of_the_uninterrupted_one(learn, res
     assert (resume("run") / "preview.png").read_bytes() == (whole / "preview.png").read_bytes()
 
 
+def test_previews_after_the_step_of_the_checkpoint_are_dropped(learn, resume, before_step, quick_sampling):
+    before_step(3, lambda: 1 / 0)  # step 3 is previewed and not saved: the resumed run begins after step 2
+    with pytest.raises(ZeroDivisionError):
+        learn("--preview_steps", "1", "--save_steps", "2", "--log_steps", "1", steps=5)
+    before_step(None)
+    assert read_preview("run")[0] == [0, 1, 2, 3]
+    assert read_preview(resume("run", "--preview_steps", "4"))[0] == [0, 1, 2, 4, 5]
+
+
 def test_previews_asked_for_on_resume_or_after_damage_begin_a_new_sheet(learn, quick_sampling):
     learn(steps=2)
     learn("--preview_steps", "2", "--resume", steps=4)
