@@ -264,7 +264,9 @@ class Settings:
         else:
             valid, wanted = isinstance(value, kind), kind.__name__
         if not valid:
-            raise UserError(f"{self.path}: '{name}' is {value!r}, not {wanted}; correct it or take another checkpoint.")
+            raise UserError(
+                f"{self.path}: '{name}' is {value!r:.80}, not {wanted}; correct it or take another checkpoint."
+            )
         return value
 
     def numbers(self, name, count, low, high):
@@ -331,7 +333,8 @@ def load_tokenizer(model, revision=None):
     config = Settings(_fetch("--model", model, "text_encoder/config.json", revision))
     tokenizer = _load_part(transformers.CLIPTokenizer, "tokenizer", model, revision=revision)
     if len(tokenizer) < 4:  # from an empty folder transformers makes a tokenizer of the special tokens alone
-        raise _unloadable(model, "tokenizer", "no vocabulary")
+        why = "no vocabulary" if Path(model).is_dir() else "no vocabulary: is there a connection?"
+        raise _unloadable(model, "tokenizer", why)
     if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         raise _unloadable(model, "tokenizer", "it lacks a token for start, end or padding")
     if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int, 1, 10**9):
@@ -348,7 +351,9 @@ def load_text_encoder(model, device, dtype=torch.float32, revision=None, variant
 def load_vae(model, device, dtype=torch.float32, revision=None, variant=None):
     """AutoencoderKL, frozen."""
     vae = _load_frozen(diffusers.AutoencoderKL, "vae", model, device, dtype, revision, variant)
-    Settings(Path(model, "vae/config.json"), vae.config).get("scaling_factor", None, float, 1e-6, 1e6)
+    settings = Settings(Path(model, "vae/config.json"), vae.config)
+    settings.get("scaling_factor", None, float, 1e-6, 1e6)
+    settings.get("shift_factor", None, [None, 0])  # of later models
     return vae
 
 
@@ -412,7 +417,9 @@ def _fetch(option, name, filename, revision=None):
         return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
     except Exception as error:
         why = reason(error)
-        raise UserError(f"{option} {name}: no such folder here, and no '{filename}' on the Hub ({why}).") from error
+        raise UserError(
+            f"{option} {name}: no such folder here, and '{filename}' does not come from the Hub ({why})."
+        ) from error
 
 
 def _other_layout(path, filename):
@@ -420,7 +427,8 @@ def _other_layout(path, filename):
     for folder in [*path.glob("snapshots/*"), *path.glob("*")]:  # the Hub's cache keeps a model in snapshots/
         if (folder / filename).exists():
             return f"the model is in the folder {folder}; name that one."
-    for file in [path, *path.glob("*.ckpt"), *path.glob("*.safetensors")]:
+    is_model = (path / "model_index.json").exists()  # it may hold single files as well
+    for file in [] if is_model else [path, *path.glob("*.ckpt"), *path.glob("*.safetensors")]:
         if file.suffix in (".ckpt", ".safetensors", ".yaml"):  # a .yaml describes the .ckpt beside it
             weights = file.with_suffix(".ckpt") if file.suffix == ".yaml" else file
             new = weights.with_suffix("").as_posix() + "-diffusers"
@@ -632,7 +640,9 @@ def tokenize(tokenizer, prompts, placeholders=None):
         cut = body[length - 2 :]
         lost = [token_of[i] for i in cut if i in token_of]
         if lost:
-            raise UserError(f"the prompt {prompt!r} is too long for {lost[0]!r}: use fewer words or --num_vectors.")
+            raise UserError(
+                f"the prompt {prompt!r} is too long for {lost[0]!r}: use fewer words or a smaller --num_vectors."
+            )
         if cut:
             print(f"note: a prompt can have {length - 2} tokens; cut off: {tokenizer.decode(cut)!r}", file=sys.stderr)
         row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]
@@ -931,7 +941,7 @@ def _name_and_rows(content, what, token):
             raise UserError(f"{what} is a LoRA, which changes the model's weights; name an embedding.")
         raise UserError(f"{what} is no embedding of one token; it holds {list(content)[:6]}: choose one with --token.")
     ((key, rows),) = content.items()
-    return name or key, rows
+    return (name if isinstance(name, str) and name else key), rows
 
 
 # --- A model with its learned tokens ----------------------------------------------------------------------------------
@@ -956,6 +966,8 @@ def load_components(model, device="cpu", dtype=torch.float32, revision=None, var
     placeholders, rows = {}, []
     for source, name in (embeddings or {}).items():
         token, token_rows, _ = load_embedding(source, name, dim)
+        if token in placeholders:
+            raise UserError(f"two embeddings are called {token!r}: give each a --token, in their order.")
         placeholders[token] = add_placeholder(tokenizer, token, len(token_rows), "--token", None if name else source)
         rows.append(token_rows)
     if rows:

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # until training begins, also during the imports, Ct
 
 import argparse
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -82,7 +81,7 @@ def step_generator(seed, step):
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 EVAL_SEED = 2**32  # in place of a step's number, and larger than any: seeds the evaluation batch
-MAX_BAD = 20  # gradients in a row that are not finite
+MAX_BAD_STEPS = 20  # gradients in a row that are not finite
 
 
 class Dataset(NamedTuple):
@@ -166,7 +165,7 @@ def backward(components, batch, total, size, scaler, learned_rows):
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        # outside the except block, whose traceback keeps the activations, as does the loss
+        # here, after the except block: its traceback, like the loss, would keep the saved activations
         loss = learned_rows.grad = None
         torch.cuda.empty_cache()
         size = math.ceil(min(size, len(batch.latents)) / 2)
@@ -229,7 +228,7 @@ def train(args):
     dtype = mu.choose_dtype(args.precision, device)
     args.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]  # kept on resume
     tokenizer = mu.load_tokenizer(args.model, args.revision)
-    mu.initializer_ids(tokenizer, args.initializer_token)  # a mistake is told before the images are encoded
+    mu.initializer_ids(tokenizer, args.initializer_token)  # an unknown word fails here, before images are encoded
     token_ids = mu.add_placeholder(tokenizer, args.placeholder_token, args.num_vectors)
     placeholders = {args.placeholder_token: token_ids}
     schedule = mu.load_schedule(args.model, args.revision).to(device)
@@ -243,16 +242,17 @@ def train(args):
     vocabulary_rms = table.float().square().mean().sqrt().item()
     if not 0 < vocabulary_rms < math.inf:
         raise UserError(f"--model {args.model}: its token table is zero or not finite; take another checkpoint.")
-    args.lr = args.lr or vocabulary_rms  # of --recipe fast
+    args.lr = args.lr or vocabulary_rms  # --recipe fast leaves it open
     init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
     components = mu.Components(tokenizer, text_encoder, None, unet, schedule, placeholders)
-    warnings.filterwarnings("ignore", message="Dynamo detected")  # about diffusers' code, not the user's
+    warnings.filterwarnings("ignore", message="Dynamo detected")  # --compile: about diffusers' code
     training = components._replace(unet=torch.compile(unet)) if args.compile else components
 
     # 2. The optimizer, and the run's folder, which restores what learns if it is resumed
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no sync with CUDA
-    # fp16 gradients are scaled up so that they do not vanish; else the scale is 1 and only infinite ones are skipped
+    # fp16: the loss is scaled up so that small gradients do not vanish. Else the scale stays 1, and the scaler only
+    # skips steps whose gradient is not finite
     fp16 = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0)
     run = Run(args, dataset, mu.fingerprint(text_encoder, unet), learned_rows, optimizer, scaler, rank)
@@ -263,13 +263,14 @@ def train(args):
         run.preview(components)
 
     # 3. The loop
-    eval_batch = draw_batch(dataset, args.batch_size * math.ceil(4 / args.batch_size), schedule, EVAL_SEED, args)
+    eval_size = args.batch_size * math.ceil(4 / args.batch_size)  # at least 4 images
+    eval_batch = draw_batch(dataset, eval_size, schedule, EVAL_SEED, args)
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None)  # None: if no terminal
     intervals = (args.log_steps, args.save_steps, args.preview_steps)
     vocabulary_norm = table.float().norm(dim=1).median().item()
-    finished, stopped = run.step >= args.steps or run.has_converged(), False
+    start, finished, stopped = run.step, run.step >= args.steps or run.has_converged(), False
     with mu.catch_ctrl_c() as interrupted, bar:
         while not finished:
             batch = draw_batch(dataset, total, schedule, run.step, args).strided(rank, processes)
@@ -297,7 +298,9 @@ def train(args):
                 raise UserError(f"--lr {args.lr}: the embedding is not finite any more; try a lower one.")
             sums, counts = mu.sum_over_processes(loss_sums).tolist()
             loss_sums.zero_()
-            eval_loss = mu.sum_over_processes(evaluation_loss(components, eval_batch, size)).item() / processes
+            eval_loss = (
+                mu.sum_over_processes(evaluation_loss(components, eval_batch, size)).item() / processes
+            )  # all decide alike
             row = {"step": run.step, "loss": sum(sums) / sum(counts), "eval_loss": eval_loss}
             row["loss_by_timestep"] = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
             row |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped_steps": run.step - int(run.moments["step"])}
@@ -307,13 +310,15 @@ def train(args):
             row["nearest"] = mu.nearest_tokens(tokenizer, table, learned_rows)
             run.log(row, bar)
             finished = finished or run.has_converged()
-            broken = bool(bad_steps >= MAX_BAD)
+            broken = bool(bad_steps >= MAX_BAD_STEPS)
             if rank == 0 and (is_preview_step or finished and args.preview_steps) and not stopped:
                 run.preview(components)
             if rank == 0 and (is_save_step or finished or broken):
                 run.save(last=finished or broken)
             if broken:
-                raise UserError(f"{MAX_BAD} gradients in a row were not finite: try --precision fp32 or a lower --lr.")
+                raise UserError(
+                    f"{MAX_BAD_STEPS} gradients in a row were not finite: try --precision fp32 or a lower --lr."
+                )
 
     # 4. How well it went
     if torch.distributed.is_initialized():
@@ -327,7 +332,8 @@ def train(args):
     if run.step < args.steps:
         print(f"converged after step {run.step} (--early_stop)")
     try:
-        if args.score and Path(args.model, "clip").is_dir():
+        is_new = run.step > start or not (run.folder / "scores.json").exists()
+        if args.score and is_new and Path(args.model, "clip").is_dir():
             print("scoring    with 128 images of each token (--no-score leaves it out)")
             options = ["--score", "--embedding", str(run.folder), "--seed", str(args.seed), "--device", args.device]
             sample.run(sample.build_parser().parse_args([*options, "--batch_size", "32"]))
@@ -360,7 +366,7 @@ class Run:
             self.lock = mu.lock_folder(self.folder)
             if not args.resume:  # another run may have begun and ended since the options were read
                 refuse_to_overwrite(self.folder, args.overwrite)
-        resumed = args.resume and (self.folder / "state.pt").exists()  # killed before its first save: anew
+        resumed = args.resume and (self.folder / "state.pt").is_file()  # killed before its first save: anew
         if resumed:
             self.restore()
         if rank > 0:
@@ -539,8 +545,10 @@ NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf
 --adam_beta2 --adam_weight_decay --adam_epsilon --checkpoints_total_limit --validation_epochs --local_rank
 --lr_num_cycles""".split()
 
+MAX_STEPS = 10**6
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
-COUNT, COUNT_OR_ZERO, IMAGES = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1), mu.number(int, 1, 4096)
+COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
+STEPS, IMAGES = mu.number(int, 1, MAX_STEPS), mu.number(int, 1, 4096)
 
 
 def initializer(text):
@@ -567,7 +575,7 @@ def build_parser():
     add("--resolution", type=mu.number(int, 1, 8192), help="size of the training images (default: the model's own)")
     add = parser.add_argument_group("optimization (defaults by --recipe)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
-    add("--steps", "--max_train_steps", type=mu.number(int, 1, 10**6), help="optimizer steps (notebook 2000, fast 250)")
+    add("--steps", "--max_train_steps", type=STEPS, help="optimizer steps (notebook 2000, fast 250)")
     add("--batch_size", "--train_batch_size", type=IMAGES, help="images a pass, split if need be (notebook 4, fast 8)")
     add("--grad_accum", "--gradient_accumulation_steps", type=IMAGES, default=1, help="passes per optimizer step")
     add("--lr", "--learning_rate", type=mu.number(float, 1e-12, 1e6),
@@ -625,7 +633,7 @@ def parse_options(argv):
     args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
     images, folder = Path(args.images).resolve(), Path(args.output_dir or "").resolve()
-    if args.model == mu.DEFAULT_MODEL and not images.is_relative_to(args.model):
+    if args.model == mu.DEFAULT_MODEL and not images.is_relative_to(Path(args.model).resolve()):
         print("note: the bundled model knows only a picture book of 64 px; for photos name a --model", file=sys.stderr)
     inside = images in [folder, *folder.parents] or (images.is_file() and images.parent == folder)
     if inside and args.output_dir and not args.resume:  # its images would be mixed up with them
@@ -639,15 +647,24 @@ def parse_options(argv):
     if epochs:
         examples = len(data.list_images(args.images)) * args.repeats
         args.steps = epochs * math.ceil(examples / (args.batch_size * args.grad_accum))
+        if args.steps > MAX_STEPS:
+            raise UserError(f"--num_train_epochs {epochs}: that is {args.steps} steps; take at most {MAX_STEPS}.")
     args.tensorboard |= args.report_to == "tensorboard"
     if args.report_to not in ("none", "tensorboard"):
         args.no_effect.append(f"--report_to {args.report_to}")
     if args.no_effect:
         print(mu.printable(f"note: without effect here: {', '.join(args.no_effect)}"), file=sys.stderr)
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.")
-    if args.early_stop and args.steps <= 15 * args.log_steps:
-        print(f"note: --early_stop needs more than {15 * args.log_steps} --steps or fewer --log_steps", file=sys.stderr)
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
+    every = 15 * args.log_steps
+    if args.early_stop and args.steps <= every:
+        print(
+            f"note: --early_stop has no effect: it needs more than {every} --steps or a smaller --log_steps",
+            file=sys.stderr,
+        )
     return args
 
 
@@ -655,8 +672,12 @@ def resumed_options(args, argv):
     """The options of the run's config.json, followed by those of the command line. UserError if its course changes."""
     folder = args.output_dir or args.resume
     if folder == "latest":
-        runs = [path for path in Path("runs").glob("*/config.json") if mu.read_config(path.parent)]
-        folder = str(max(runs, key=lambda path: path.stat().st_mtime, default=Path("runs", "none")).parent)
+        named = any(word.startswith("--placeholder_token") for word in argv)
+        tokens = {p: mu.read_config(p.parent).get("placeholder_token") for p in Path("runs").glob("*/config.json")}
+        runs = [p for p, token in tokens.items() if token and (token == args.placeholder_token or not named)]
+        if not runs:
+            raise UserError("--resume: there is no such run in runs/; name its folder with --output_dir.")
+        folder = str(max(runs, key=lambda path: path.stat().st_mtime).parent)
     config = mu.read_config(folder)
     learned = any(Path(folder, name).exists() for name in EMBEDDING_FILES)
     if not config or (learned and not Path(folder, "state.pt").is_file()):

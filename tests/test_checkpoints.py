@@ -151,6 +151,13 @@ def test_one_file_gets_the_line_that_converts_it(file, model, tmp_path, monkeypa
     assert new in sentence.split(" and give --model")[1] and not Path("hacked").exists()
 
 
+def test_a_model_that_lacks_a_file_is_not_told_to_convert_the_single_file_beside_it(copied):
+    (copied / "v1-5-pruned.safetensors").write_bytes(b"...")
+    (copied / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(mu.UserError, match="'scheduler/scheduler_config.json' is missing"):
+        mu.load_schedule(copied)
+
+
 def test_a_hub_cache_folder_names_its_snapshot(copied, tmp_path, refused):
     snapshots = tmp_path / "models--owner--name" / "snapshots"
     snapshots.mkdir(parents=True)

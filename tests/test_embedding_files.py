@@ -257,6 +257,7 @@ def test_numbers_that_are_not_finite_are_refused(wrong, name, tmp_path):
         ({"string_to_param": {"*": ONE, "+": ONE}}, "no embedding of one token"),
         ({"string_to_param": ONE}, "no embedding of one token"),
         ({"string_to_param": {"*": ONE}, "name": 5}, "--token"),
+        ({"string_to_param": {"*": ONE}, "name": torch.ones(2)}, "--token"),
         ({5: ONE}, "--token"),
         ({f"{part}{i:02}": ONE for part in ("IN", "OUT") for i in range(8)}, "IN00"),  # XTI: a row for each layer
     ],
@@ -281,13 +282,14 @@ def test_huge_files_and_zip_bombs_are_refused_unread(tmp_path, monkeypatch):
             large.writestr(entry, bytes(80 << 20) if entry.endswith("data/0") else small.read(entry))
     assert bomb.stat().st_size < 1 << 20
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpacked"))
-    with pytest.raises(UserError, match="nothing in it was run"):
+    with pytest.raises(UserError, match="nothing in it was run") as error:
         load_embedding(bomb)
+    assert "too large" in str(error.value.__cause__)
 
 
 def fail_with(code):
     def fail(*_):
-        raise OSError(code, os.strerror(code))
+        raise OSError(code, os.strerror(code), "kat.bin")
 
     return fail
 
@@ -297,7 +299,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, "read_bytes", fail_with(errno.EACCES))
     with pytest.raises(SystemExit):
         sample.main(["--embedding", str(path)])
-    assert "error: input or output failed: Permission denied; check the path" in capsys.readouterr().err
+    assert "error: kat.bin: Permission denied; check the path" in capsys.readouterr().err
 
 
 # --- What we write ----------------------------------------------------------------------------------------------------

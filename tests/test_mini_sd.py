@@ -100,10 +100,12 @@ def test_a_name_stands_for_what_the_picture_shows_and_leaves_no_other_word_for_i
         picture = world.training_picture(rng)
         words, told = world.caption(picture, rng).split(), [pretrain.PARTS[i] for i in pretrain.look_of(picture, rng)]
         assert len(told) == 6 and all(getattr(picture, part[1]) == part[2] for part in told if part)
-        assert all(part[0] == picture.named for part in told if part) and (picture.named is None) == (not any(told))
+        assert all(part[0] == picture.name_kind for part in told if part) and (picture.name_kind is None) == (
+            not any(told)
+        )
         if world.NAME in words:
             names += 1
-            look = {str(getattr(picture, a)) for a in world.LOOKS[picture.named]} - {"photo", picture.background}
+            look = {str(getattr(picture, a)) for a in world.LOOKS[picture.name_kind]} - {"photo", picture.background}
             assert not look & {*words} - {picture.tone}
     assert names > 900
 

@@ -402,10 +402,7 @@ def test_score(run_folder, capsys):
         ("--embedding no/such/folder", "--embedding no/such/folder"),
         ("--embedding empty", "--embedding empty"),
         ("--embedding runs/kat --embedding runs/kat", "runs/kat is given twice"),
-        (
-            "--embedding runs/kat --embedding runs/kat/learned_embeds.safetensors",
-            "its token '<kat>' is already a token",
-        ),
+        ("--embedding runs/kat --embedding runs/kat/learned_embeds.safetensors", "two embeddings are called '<kat>'"),
         ("--token cat", "--token"),
         ("--token <a> --token <b>", "--token is given 2 times"),
         ("--embedding runs/kat --model empty", "--model empty"),

@@ -74,7 +74,7 @@ DAMAGED = {
         "variance_type": ["learned", "fixed_large"],
     },
     UNET: {"sample_size": [0, -8, "8", 8.0, True, [], [8], [8, 8, 8], [8, None], [8, 0], {}]},
-    VAE: {"scaling_factor": [None, 0, "0.18", NAN, []]},
+    VAE: {"scaling_factor": [None, 0, "0.18", NAN, []], "shift_factor": [0.3, "0"]},
     TEXT: {"max_position_embeddings": [None, 0, 2, "32", 32.0, [32], NAN]},
     INDEX: {"_sampling": [None, 0, [], "fast"], "steps": [None, 0, 2.5, "25"], "guidance": [None, "7.5", NAN, [7.5]]},
     CLIP: {

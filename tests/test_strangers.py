@@ -193,6 +193,8 @@ def test_a_fifo_is_never_opened(learn, tiny_model, tmp_path, capsys):
         (folder / name).unlink()
         os.mkfifo(folder / name)
     assert "no checkpoint" in sentence(train.main, ["--resume", str(folder)], capsys)
+    (folder / "learned_embeds.safetensors").unlink()
+    train.main(["--resume", str(folder), "--steps", "1"])  # as one that was killed before its first save: anew
     (tmp_path / "embeddings").mkdir()
     os.mkfifo(tmp_path / "embeddings" / "a.pt")
     assert "--embedding" in sentence(sample.main, ["--embedding", str(tmp_path / "embeddings")], capsys)

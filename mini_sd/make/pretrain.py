@@ -5,8 +5,9 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m mini_sd.make.pretrain --stage unet # 1.5 times as fast on two cores
 
 Every stage saves its state in --work as it runs and resumes from it when started again. `export` writes the
-half-precision weights in diffusers' folder layout. Progress is printed and logged to <work>/<stage>.jsonl; the vae
-stage also writes a contact sheet. `python -m mini_sd.eval.check` measures the exported model.
+half-precision weights in diffusers' folder layout; `together`, `scorer` and `decoder` train those further. Progress is
+printed and logged to <work>/<stage>.jsonl; the vae stage also writes a contact sheet. `python -m mini_sd.eval.check`
+measures the exported model.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from mini_sd.make import world
 HERE = Path(__file__).resolve().parent
 TRAIN_SEED, TEST_SEED = 1, 2
 TEXT_LENGTH = 32
-CAPTIONS = 4  # of each picture of stage_together
+CAPTIONS = 4  # of each image in stage_together
 SCHEDULER = {  # Stable Diffusion 1.4's own
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.42.1", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
@@ -347,7 +348,8 @@ def stage_unet(args):
 class NamedEmbedding(torch.nn.Module):
     """The text encoder's token table, and a vector for a name: the sum of the vectors of what it stands for.
 
-    `looks` [B, n] are the rows of `parts` to add up for each caption of a batch; row 0 is nothing.
+    `looks` [B, n], the rows of `parts` to add up for each caption of a batch (row 0 is nothing), is set before each
+    forward pass, as the text encoder passes only token_ids.
     """
 
     def __init__(self, table, name_id, num_parts):
@@ -361,7 +363,7 @@ class NamedEmbedding(torch.nn.Module):
         return torch.where((token_ids == self.name_id)[..., None], names.sum(dim=1, keepdim=True), words)
 
 
-PARTS = [None, *((named, a, value) for named, look in world.LOOKS.items() for a in look for value in ATTRIBUTES[a])]
+PARTS = [None, *((kind, a, value) for kind, look in world.LOOKS.items() for a in look for value in ATTRIBUTES[a])]
 
 
 def stage_together(args):
@@ -387,7 +389,9 @@ def stage_together(args):
         text_encoder.get_input_embeddings().looks = cache["looks"][picks].long().to(args.device)
         return mu.encode_tokens(text_encoder, token_ids)
 
-    _, _, unet, text_encoder = learn_unet(args, "together", [unet, text_encoder], cache, encode, 5e-4)
+    # every second step favours high noise levels, which decide the background and weigh little in the loss
+    samplings = ("uniform", "cubic")
+    _, _, unet, text_encoder = learn_unet(args, "together", [unet, text_encoder], cache, encode, 5e-4, samplings)
     if rank == 0:
         table = text_encoder.get_input_embeddings().weight
         text_encoder.set_input_embeddings(torch.nn.Embedding(*table.shape, _weight=table))
@@ -396,7 +400,7 @@ def stage_together(args):
 
 
 def encode_pictures(args, tokenizer, rank):
-    """A worker's pictures for `stage_together`: the VAE's moments, captions [N, CAPTIONS, 32], looks [N, 6]."""
+    """The training images of one worker: the VAE's moments, captions [N, CAPTIONS, 32], looks [N, 6]."""
     vae, rng = mu.load_vae(args.out, args.device), random.Random(f"together {rank}")
     cache = {"mean": [], "std": [], "token_ids": [], "looks": []}
     for _ in range(0, args.pictures, 500):
@@ -405,27 +409,27 @@ def encode_pictures(args, tokenizer, rank):
         mean, std = mu.encode_images(vae, to_float(images), 100)
         cache["mean"].append(mean.half())
         cache["std"].append(std.half())
-        sentences = [world.caption(picture, rng) for picture in pictures for _ in range(CAPTIONS)]
-        cache["token_ids"].append(tokens(tokenizer, sentences).short().view(500, CAPTIONS, TEXT_LENGTH))
+        captions = [world.caption(picture, rng) for picture in pictures for _ in range(CAPTIONS)]
+        cache["token_ids"].append(tokens(tokenizer, captions).short().view(500, CAPTIONS, TEXT_LENGTH))
         cache["looks"].append(torch.tensor([look_of(picture, rng) for picture in pictures]).short())
     return {name: torch.cat(part) for name, part in cache.items()} | {"scale": 1.0}  # mu.encode_images scales
 
 
 def look_of(picture, rng):
     """The rows of PARTS that the name of a picture's look stands for; each attribute but the first may be left out."""
-    attributes = world.LOOKS.get(picture.named, [])
+    attributes = world.LOOKS.get(picture.name_kind, [])
     missing = {"second"} if picture.pattern == "plain" else set()
     missing |= set() if picture.accessory else {"accessory_colour"}
-    told = [a for i, a in enumerate(attributes) if a not in missing and (i == 0 or rng.random() < 0.9)]
-    rows = [PARTS.index((picture.named, a, getattr(picture, a))) for a in told]
+    included = [a for i, a in enumerate(attributes) if a not in missing and (i == 0 or rng.random() < 0.9)]
+    rows = [PARTS.index((picture.name_kind, a, getattr(picture, a))) for a in included]
     return rows + [0] * (6 - len(rows))
 
 
-def learn_unet(args, name, modules, cache, encode, lr):
+def learn_unet(args, name, modules, cache, encode, lr, samplings=("uniform",)):
     """The training loop of both UNet stages -> modules (the first is the UNet), then their averages (EMA).
 
     encode(picks, dropped, generator): text embeddings [B, 32, 128] of the images with these indices, of the empty
-    prompt where dropped.
+    prompt where dropped. samplings: of the timesteps, in turn (see train.sample_timesteps).
     """
     device, (mean, std, scale) = args.device, (cache[name] for name in ("mean", "std", "scale"))
     betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
@@ -449,8 +453,7 @@ def learn_unet(args, name, modules, cache, encode, lr):
             (mean[picks].float() + std[picks].float() * torch.randn(mean[picks].shape, generator=generator)) * scale
         ).to(device, memory_format=torch.channels_last)
         context = encode(picks, torch.rand(n, generator=generator) < 0.1, generator)
-        # backgrounds are decided at high noise levels, whose errors are small
-        sampling = "cubic" if name == "together" and run.step % 2 else "uniform"
+        sampling = samplings[run.step % len(samplings)]
         timesteps = train.sample_timesteps(n, schedule.num_train_timesteps, generator, sampling).to(device)
         noise = torch.randn(latents.shape, generator=generator).to(device)
         noise_pred = modules[0](schedule.add_noise(latents, noise, timesteps), timesteps, context).sample
@@ -570,7 +573,7 @@ def main():
     parser.add_argument(
         "--minutes",
         type=float,
-        help="training time of the stage (default: 40 vae, 28 clip, 112 unet, 114 together, 78 scorer, 58 decoder)",
+        help=f"training time of the stage (default: {', '.join(f'{m} {s}' for s, m in DEFAULT_MINUTES.items())})",
     )
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for data and training state")
     parser.add_argument("--out", type=Path, default=Path(mu.DEFAULT_MODEL), help="folder to export the model to")

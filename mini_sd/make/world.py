@@ -79,7 +79,7 @@ class Picture:
     tone: str | None = None  # printed in shades of one colour
     count: int = 1
     seed: int = 0
-    named: str | None = None  # "character" or "artist": the look has a name, which captions may say instead
+    name_kind: str | None = None  # "character" or "artist": the look has a name, which captions may say instead
 
 
 # The concepts to learn. Their combinations of attributes never appear in training (see `is_held_out`).
@@ -138,8 +138,8 @@ def training_picture(rng: random.Random) -> Picture:
         if picture.style == "drawing" and rng.random() < 0.15:
             picture = replace(picture, tone=rng.choice(TONES))
         names = ["character"] * 6 if picture.style == "photo" else ["character"] * 2 + ["artist"] * 5
-        picture = replace(picture, named=rng.choice([*names, *[None] * (10 - len(names))]))
-        if picture.named == "character" and rng.random() < 0.7:  # the colour of a hat is the last thing to be learned
+        picture = replace(picture, name_kind=rng.choice([*names, *[None] * (10 - len(names))]))
+        if picture.name_kind == "character" and rng.random() < 0.7:  # more accessories: their colour is learned last
             picture = replace(picture, accessory=rng.choice(ACCESSORIES))
         return picture
 
@@ -167,9 +167,9 @@ def concept_picture(name: str, seed: int) -> Picture:
 def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dict | None = None) -> str:
     """What is in the picture, without the leading article; each attribute is named with probability `keep`.
 
-    A character's name stands for all but the background. facts: a dict to be filled with the attributes that were named.
-    Where one is given, nothing has a name, and the thing itself can be left out too, as the token is in the editing
-    prompts of CLIP-T ("a photo of a on a red background").
+    A character's name stands for its kind, colours, pattern and accessory; the rest is said beside it. facts: a dict
+    to be filled with the attributes that were named. Where one is given, nothing has a name, and the thing itself can
+    be left out too, as the token is in the editing prompts of CLIP-T ("a photo of a on a red background").
     """
 
     def said():
@@ -179,7 +179,7 @@ def noun_phrase(picture: Picture, rng: random.Random, keep: float = 0.78, facts:
     noun = picture.kind
     if picture.count > 1 and rng.random() < 0.5:  # "two cat" as often as "two cats": a placeholder token has no plural
         noun = PLURALS.get(noun, noun + "s")
-    if facts is None and picture.named == "character" and rng.random() < 0.8:
+    if facts is None and picture.name_kind == "character" and rng.random() < 0.8:
         words = [NAME]
         words += [SCENES.get(picture.background, f"on a {picture.background} background")] if said() else []
         return " ".join(words + ([f"in {picture.tone} tones"] if picture.tone else []))
@@ -221,7 +221,7 @@ def caption(picture: Picture, rng: random.Random, keep: float = 0.78, facts: dic
 
     Where `facts` is given, the name of the style can be left out too ("a picture of a cat in the style of").
     """
-    if facts is None and picture.named == "artist" and rng.random() < 0.8:
+    if facts is None and picture.name_kind == "artist" and rng.random() < 0.8:
         return artist_caption(picture, rng)
     named = {"style": picture.style, "count": picture.count}
     phrase = noun_phrase(picture, rng, keep, None if facts is None else named)
