@@ -204,13 +204,13 @@ def has_converged(eval_losses, window=15, fraction=0.15):
 
 def announce(run, device, vocabulary_rms):
     """Print what the run will do, and a note if its learning rates add up to far less or more than its recipe's."""
-    args, first = run.args, f"from step {run.step} to " if run.step else ""
+    args, resumed = run.args, f"from step {run.step} to " if run.step else ""
     recipe = argparse.Namespace(**(vars(args) | RECIPES[args.recipe] | {"scale_lr": False}))
     recipe.lr = recipe.lr or vocabulary_rms
     rates = [learning_rate(step, args) for step in range(args.steps)]
     total, usual = sum(rates), sum(learning_rate(step, recipe) for step in range(recipe.steps))
     concept = f"{args.placeholder_token} on {Path(args.model).name}: {run.dataset.summary}"
-    steps = f"{first}{args.steps} steps of {args.batch_size * args.grad_accum}, {args.timestep_sampling} timesteps"
+    steps = f"{resumed}{args.steps} steps of {args.batch_size * args.grad_accum}, {args.timestep_sampling} timesteps"
     rate = f"learning rate {max(rates):.2g} ({args.lr_scheduler})"
     print(mu.printable(f"training   {concept}, {steps}, {rate}, {args.precision} on {device}"))
     if args.steps >= 50 and not 0.4 < total / usual < 2.5:  # the token may be under- or overfitted
@@ -353,8 +353,8 @@ PREVIEW_ROWS = 20  # the newest ones: a preview takes as long at step 100,000 as
 class Run:
     """The folder of a run, written by rank 0: checkpoint, embedding, log, previews. Restored if it is resumed."""
 
-    def __init__(self, args, dataset, model, learned_rows, optimizer, scaler, rank):
-        self.args, self.dataset, self.model, self.rank = args, dataset, model, rank  # model: its fingerprint
+    def __init__(self, args, dataset, model_fingerprint, learned_rows, optimizer, scaler, rank):
+        self.args, self.dataset, self.model_fingerprint, self.rank = args, dataset, model_fingerprint, rank
         self.learned_rows, self.scaler = learned_rows, scaler
         self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", {}, None
         # AdamW makes its moments at the first step; made here, a checkpoint has the same form from the start
@@ -391,7 +391,8 @@ class Run:
     def checkpoint(self):
         """What state.pt holds (a few KB): what learns, the number of steps done, and what it belongs to."""
         learned = {"rows": self.learned_rows.data} | {f"adamw_{name}": x for name, x in self.moments.items()}
-        belongs_to = {"token": self.args.placeholder_token, "images": self.dataset.fingerprint, "model": self.model}
+        belongs_to = {"token": self.args.placeholder_token, "images": self.dataset.fingerprint}
+        belongs_to["model"] = self.model_fingerprint
         return {"step": self.step, "scaler": self.scaler.state_dict(), **learned, **belongs_to}
 
     def restore(self):
@@ -659,10 +660,10 @@ def parse_options(argv):
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
-    every = 15 * args.log_steps
-    if args.early_stop and args.steps <= every:
+    needed = 15 * args.log_steps
+    if args.early_stop and args.steps <= needed:
         print(
-            f"note: --early_stop has no effect: it needs more than {every} --steps or a smaller --log_steps",
+            f"note: --early_stop has no effect: it needs more than {needed} --steps or a smaller --log_steps",
             file=sys.stderr,
         )
     return args
