@@ -44,25 +44,22 @@ def list_images(folder):
     """Return the image files of a folder as a sorted list of paths; of one image file that file alone.
 
     Hidden files, sub-folders and files that are neither images nor their captions are named in one line on stderr and
-    left out. UserError if the folder cannot be read or holds no image.
+    left out. UserError if there is no such folder or no image in it.
     """
     if Path(folder).is_file():
         return [Path(folder)]
-    try:
-        entries = sorted(Path(folder).iterdir())
-    except OSError as error:
-        raise UserError(f"--images: cannot read {str(folder)!r} ({error.strerror}); name a folder.") from error
+    if not Path(folder).is_dir():
+        raise UserError(f"--images {folder}: no such file or folder; name one that holds images.")
+    entries = sorted(Path(folder).iterdir())
     paths = [p for p in entries if _is_image(p)]
     others = sorted(repr(p.name) for p in set(entries) - set(paths) - {p.with_suffix(".txt") for p in paths})
-    if paths:
-        if others:
-            print(f"skipped in {str(folder)!r}, not images: {_first(others)}", file=sys.stderr)
-        return paths
-    full = [repr(str(p)) for p in entries if p.is_dir() and any(map(_is_image, p.glob("*")))]
-    if full:
-        raise UserError(f"--images: no images in {str(folder)!r} itself; did you mean {' or '.join(full[:3])}?")
-    found = f"only {_first(others)}" if others else "it is empty"
-    raise UserError(f"--images: no images in {str(folder)!r} ({found}); put in some, as {', '.join(FORMATS)}.")
+    if not paths:
+        full = [repr(str(p)) for p in entries if p.is_dir() and any(map(_is_image, p.glob("*")))]
+        advice = f"did you mean {' or '.join(full[:3])}?" if full else f"put in some, as {', '.join(FORMATS)}."
+        raise UserError(f"--images: no images in {str(folder)!r} (it holds {_first(others) or 'nothing'}); {advice}")
+    if others:
+        print(f"skipped in {str(folder)!r}, not images: {_first(others)}", file=sys.stderr)
+    return paths
 
 
 def _is_image(path):
@@ -140,19 +137,18 @@ def load_training_images(folder, resolution, masks_folder=None):
     What cannot be read is named in one line on stderr. UserError if nothing can be read, a mask is missing, or nothing
     of an image counts.
     """
-    arrays, paths, reasons = [], [], {}
+    arrays, paths, unread = [], [], []
     for path in tqdm(list_images(folder), desc="reading images", delay=2, leave=False, disable=None):
         try:
             arrays.append(read_image(path, resolution))
             paths.append(path)
         except ValueError as error:
-            reasons.setdefault(str(error), []).append(repr(path.name))
-    what = ", ".join(f"{_first(names)} ({reason})" for reason, names in reasons.items())
+            unread.append(f"{path.name!r} ({error})")
     if not paths:
-        raise UserError(f"--images: no image in {str(folder)!r} can be read: {what}; give other files.")
-    if reasons:
-        count = sum(map(len, reasons.values()))
-        print(f"skipped {count} of {count + len(paths)} images, cannot be read: {what}", file=sys.stderr)
+        raise UserError(f"--images: no image in {str(folder)!r} can be read: {_first(unread)}; give other files.")
+    if unread:
+        count = f"{len(unread)} of {len(unread) + len(paths)} images"
+        print(f"skipped {count}, cannot be read: {_first(unread)}", file=sys.stderr)
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # [N, 4, R, R]
     images, masks = pixels[:, :3] / 127.5 - 1, pixels[:, 3:] / 255
     if masks_folder:
@@ -161,11 +157,6 @@ def load_training_images(folder, resolution, masks_folder=None):
         if not mask.any():  # nothing of it counts
             raise UserError(f"--images: the whole center of {str(path)!r} is transparent or masked; take it out.")
     return images, masks, paths
-
-
-def load_images(folder, resolution):
-    """The images alone: [N, 3, resolution, resolution] in [-1, 1]."""
-    return load_training_images(folder, resolution)[0]
 
 
 def _read_masks(folder, paths, resolution):
@@ -233,13 +224,11 @@ class LatentCache(NamedTuple):
 def encode_dataset(vae, images, masks):
     """Encode images [N, 3, H, W] in [-1, 1] and their mirror images once, with masks [N, 1, H, W] -> LatentCache.
 
-    A VAE is not symmetric: the images are mirrored, not their latents. UserError if it overflows.
+    A VAE is not symmetric: the images are mirrored, not their latents.
     """
     bar = tqdm(images, desc="encoding images", delay=2, leave=False, disable=None)
     moments = [encode_images(vae, torch.stack([image, image.flip(-1)]), 1) for image in bar]  # N pairs of [2, 4, h, w]
     mean, std = (torch.stack(part) for part in zip(*moments, strict=True))  # [N, 2, 4, h, w]
-    if not (mean.isfinite().all() and std.isfinite().all()):
-        raise UserError("--model: its VAE makes latents of these images that are not finite; take another checkpoint.")
     masks = F.interpolate(masks, mean.shape[-2:], mode="area")  # [N, 1, h, w]
     return LatentCache(mean, std, torch.stack([masks, masks.flip(-1)], dim=1))
 

@@ -1,8 +1,8 @@
 """The frozen model and the few numbers that are learned: everything `train.py` and `sample.py` share.
 
 From top to bottom: errors and the command line; device, precision and processes; settings; loading CLIP, VAE and UNet;
-the noise schedule; the new token and the masked lookup that is the heart of textual inversion; prompts and images to
-tensors and back; files and embeddings; a model with its learned tokens.
+the noise schedule; the new token and the masked lookup, the heart of the method; prompts and images to tensors and
+back; files and embeddings; a model with its learned tokens.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import pickletools
 import re
 import shlex
 import signal
@@ -38,9 +37,9 @@ from torch import nn
 
 DEFAULT_MODEL = str(Path(__file__).with_name("mini_sd"))
 
+PRECISIONS = ("auto", "no", "fp32", "fp16", "bf16")
 FAMILIES = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL"}  # by embedding width
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
-FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_VECTORS = 75  # CLIP reads 77 tokens, two of which mark start and end
 MAX_FILE_BYTES = 64 * 2**20  # an embedding is a few KB; whole checkpoints begin at hundreds of MB
 
@@ -70,8 +69,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv):
-        """Like argparse, with one line for an unknown option. UnicodeEncodeError if a name is not UTF-8."""
-        for word in [*argv, os.getcwd()]:
+        """Like argparse, with one line for an unknown option. UnicodeEncodeError if a word is not UTF-8."""
+        for word in argv:
             word.encode()
         args, unknown = self.parse_known_args(argv)
         if unknown:
@@ -186,7 +185,7 @@ def choose_dtype(precision, device):
     if precision == "auto":
         precision = "fp32"
         if device.type == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu":
         if precision == "fp16":
             raise UserError("--precision fp16 needs a GPU; on the CPU use --precision fp32 or bf16.")
@@ -204,14 +203,11 @@ def to_device(tensor, device):
 
 def join_processes(device):
     """Under torchrun, join the other processes of the run -> rank, number of processes; without it 0, 1."""
-    if not {"WORLD_SIZE", "RANK"} <= os.environ.keys():
+    if not dist.is_torchelastic_launched():
         return 0, 1
-    try:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the processes of RANK ({reason(error)}): use torchrun, or unset RANK.") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
@@ -223,8 +219,7 @@ def sum_over_processes(tensor):
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:
-            why = reason(error)
-            raise UserError(f"another process of this run has ended ({why}): continue with --resume.") from error
+            raise UserError(f"another process has ended ({reason(error)}): continue with --resume.") from error
     return tensor
 
 
@@ -235,8 +230,6 @@ def read_json(path):
     """The object in a JSON file; {} if there is no such file. UserError if it is damaged."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
-        if "\\u0000" in json.dumps(content, ensure_ascii=False).encode().decode():  # no name can hold it
-            raise ValueError("it holds a zero character")
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -264,17 +257,8 @@ class Settings:
         else:
             valid, wanted = isinstance(value, kind), kind.__name__
         if not valid:
-            raise UserError(
-                f"{self.path}: '{name}' is {value!r:.80}, not {wanted}; correct it or take another checkpoint."
-            )
+            raise UserError(f"{self.path}: '{name}' is {value!r:.80}, not {wanted}; correct it or take another model.")
         return value
-
-    def numbers(self, name, count, low, high):
-        """The entry `name`, a list of `count` numbers from low to high. UserError if it is anything else."""
-        values = self.get(name, None, list)
-        if len(values) != count or not all(isinstance(n, (int, float)) and low <= n <= high for n in values):
-            raise UserError(f"{self.path}: '{name}' is not {count} numbers from {low:g} to {high:g}; correct it.")
-        return values
 
 
 def sampling_defaults(model):
@@ -329,16 +313,14 @@ def model_of_name(name):
 
 
 def load_tokenizer(model, revision=None):
-    """CLIPTokenizer of a diffusers-layout folder or Hub id. UserError if it is missing or empty."""
+    """CLIPTokenizer of a diffusers-layout folder or Hub id. UserError if it is not the text encoder's."""
     config = Settings(_fetch("--model", model, "text_encoder/config.json", revision))
-    tokenizer = _load_part(transformers.CLIPTokenizer, "tokenizer", model, revision=revision)
-    if len(tokenizer) < 4:  # from an empty folder transformers makes a tokenizer of the special tokens alone
-        why = "no vocabulary" if Path(model).is_dir() else "no vocabulary: is there a connection?"
-        raise _unloadable(model, "tokenizer", why)
-    if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        raise _unloadable(model, "tokenizer", "it lacks a token for start, end or padding")
-    if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int, 1, 10**9):
-        raise _unloadable(model, "tokenizer", "it has tokens without a row in the text encoder's table")
+    with _loading(model, "tokenizer", revision) as options:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(str(model), **options)
+        if len(tokenizer) < 4:  # from an empty folder transformers makes one of the special tokens alone
+            raise ValueError("no vocabulary")
+        if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int, 1, 10**9):
+            raise ValueError("it has tokens without a row in the text encoder's table")
     tokenizer.model_max_length = config.get("max_position_embeddings", 77, int, 3, 10_000)  # not what its own file says
     return tokenizer
 
@@ -367,41 +349,40 @@ def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
 
 
 def _load_frozen(part_class, part, model, device, dtype, revision, variant):
-    # dtype is always given: by default transformers takes the file's, and rows trained in half precision do not learn.
-    # low_cpu_mem_usage=True would need accelerate.
     names = [path.name for path in Path(model, part).glob("*") if path.suffix in (".safetensors", ".bin")]
     variants = {re.split("[.-]", name)[1] if name.count(".") > 1 else None for name in names}  # model.fp16.safetensors
     variant = variant if variant or None in variants else min(variants, default=None)  # the files that there are
-    options = {"dtype": dtype, "low_cpu_mem_usage": False, "revision": revision, "variant": variant}
-    module, info = _load_part(part_class, part, model, output_loading_info=True, **options)
-    if info["missing_keys"]:  # from_pretrained would go on with random numbers
-        raise _unloadable(model, part, f"it lacks weights, {min(info['missing_keys'])} for one")
+    with _loading(model, part, revision) as options:
+        read_json(_fetch("--model", model, f"{part}/config.json", revision))  # an error names it
+        # dtype is always given: by default transformers takes the file's, and rows in half precision do not learn.
+        # low_cpu_mem_usage=True would need accelerate
+        options |= {"dtype": dtype, "variant": variant, "low_cpu_mem_usage": False, "output_loading_info": True}
+        module, info = part_class.from_pretrained(str(model), **options)
+        if info["missing_keys"]:  # from_pretrained would go on with random numbers
+            raise ValueError(f"it lacks weights, {min(info['missing_keys'])} for one")
     del info
     gc.collect()  # a reference cycle keeps the memory-mapped file: gigabytes
     return module.requires_grad_(False).eval().to(device)
 
 
-def _load_part(part_class, part, model, **options):
+@contextmanager
+def _loading(model, part, revision):
+    """Yield options of from_pretrained. What fails inside becomes a UserError that names the part."""
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised; the log messages add nothing
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # downloading gigabytes in silence would look like a hang
     if Path(model).exists():
         _fetch("--model", model, part)
-    if part != "tokenizer":
-        read_json(_fetch("--model", model, f"{part}/config.json", options["revision"]))  # an error names it
-    options |= {"subfolder": part, "local_files_only": huggingface_hub.constants.HF_HUB_OFFLINE}
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         with warnings.catch_warnings(action="ignore"):  # deprecations inside the libraries are not the user's concern
-            return part_class.from_pretrained(str(model), **options)
-    except BaseException as error:  # tokenizers can panic
-        if isinstance(error, (KeyboardInterrupt, SystemExit)) or is_out_of_memory(error):
+            yield {"subfolder": part, "revision": revision, "local_files_only": offline}
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, UserError):
             raise
-        raise _unloadable(model, part, reason(error)) from error
-
-
-def _unloadable(model, part, why):
-    return UserError(f"--model {model}: its part '{part}' cannot be loaded ({why}); is it there and whole?")
+        why = f"its part '{part}' cannot be loaded ({reason(error)}); is it there and whole?"
+        raise UserError(f"--model {model}: {why}") from error
 
 
 def _fetch(option, name, filename, revision=None):
@@ -416,10 +397,8 @@ def _fetch(option, name, filename, revision=None):
     try:
         return Path(huggingface_hub.hf_hub_download(str(name), filename, revision=revision))
     except Exception as error:
-        why = reason(error)
-        raise UserError(
-            f"{option} {name}: no such folder here, and '{filename}' does not come from the Hub ({why})."
-        ) from error
+        missing = f"no such folder here, and '{filename}' does not come from the Hub ({reason(error)})."
+        raise UserError(f"{option} {name}: {missing}") from error
 
 
 def _other_layout(path, filename):
@@ -438,25 +417,10 @@ def _other_layout(path, filename):
     return f"'{filename}' is missing; a model in diffusers layout is needed."
 
 
-@torch.no_grad()
-def check_parts(model, vae=None, text_encoder=None, unet=None, latents=None):
-    """UserError if parts of a model do not fit each other: a pass of those given with a small image.
-
-    latents [1, 4, h, w] for the UNet, if there is no VAE.
-    """
-    try:
-        if vae is not None:
-            side = 8 * vae_factor(vae)
-            latents = vae.encode(torch.zeros(1, 3, side, side, device=vae.device, dtype=vae.dtype)).latent_dist.mean
-            vae.decode(latents)
-        if unet is not None:
-            token_ids = torch.zeros(1, text_encoder.config.max_position_embeddings, dtype=torch.long)
-            text_embeddings = encode_tokens(text_encoder, token_ids).to(unet.dtype)
-            unet(latents[..., :16, :16].to(unet.device, unet.dtype), 0, text_embeddings)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"--model {model}: its parts do not fit ({reason(error)}); take another checkpoint.") from error
+def check_parts(model, text_encoder, unet, latent_channels):
+    """UserError if a text encoder, UNet and VAE of different models are together."""
+    if (unet.config.cross_attention_dim, unet.config.in_channels) != (text_encoder.config.hidden_size, latent_channels):
+        raise UserError(f"--model {model}: its parts do not fit: they are of different models; take another.")
 
 
 def fingerprint(text_encoder, unet):
@@ -526,12 +490,12 @@ class NoiseSchedule(NamedTuple):
         return self.alphas_cumprod[timesteps] / (1 - self.alphas_cumprod[timesteps])
 
 
-# What would change the noise or the samplers in scheduler_config.json: the default, then others that are the same here
-SUPPORTED = {
-    "trained_betas": [None],
+# Entries of scheduler_config.json that change diffusers' sampling, with the values written out here: the default,
+# then others that come to the same
+SAMPLER_SETTINGS = {
     **dict.fromkeys(["thresholding", "use_karras_sigmas", "use_exponential_sigmas"], [False, None]),
     **dict.fromkeys(["use_beta_sigmas", "use_flow_sigmas", "use_lu_lambdas"], [False, None]),
-    "algorithm_type": ["dpmsolver++", "deis"],  # diffusers' DPM-Solver++ takes 'deis' as this; so below
+    "algorithm_type": ["dpmsolver++", "deis"],
     "solver_type": ["midpoint", "logrho", "bh1", "bh2"],
     "solver_order": [2],
     "final_sigmas_type": ["zero"],
@@ -541,10 +505,15 @@ SUPPORTED = {
 
 
 def load_schedule(model, revision=None):
-    """NoiseSchedule of the checkpoint's scheduler_config.json. UserError for what is not written out here."""
+    """NoiseSchedule of the checkpoint's scheduler_config.json. UserError if its noise is not written out here.
+
+    Settings that only change diffusers' sampling are noted on stderr.
+    """
     settings = Settings(_fetch("--model", model, "scheduler/scheduler_config.json", revision))
-    for name, values in SUPPORTED.items():
-        settings.get(name, values[0], values)
+    odd = [name for name, values in SAMPLER_SETTINGS.items() if settings.entries.get(name, values[0]) not in values]
+    if odd:
+        print(f"note: {settings.path}: {', '.join(odd)} not written out, images will differ", file=sys.stderr)
+    settings.get("trained_betas", None, [None])
     timesteps = settings.get("num_train_timesteps", 1000, int, 2, 10_000)
     start = settings.get("beta_start", 1e-4, float, 1e-6, 0.999)
     end = settings.get("beta_end", 0.02, float, 1e-6, 0.999)
@@ -556,8 +525,6 @@ def load_schedule(model, revision=None):
     if settings.get("rescale_betas_zero_snr", False, bool):  # Lin et al. 2023, algorithm 1: T is pure noise
         root = alphas_cumprod.sqrt()
         alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-    if alphas_cumprod[-2] < 2**-24:  # samplers divide by the steps of its logarithm
-        raise UserError(f"{settings.path}: its betas turn too many timesteps into pure noise; take another checkpoint.")
     prediction_type = settings.get("prediction_type", "epsilon", ["epsilon", "v_prediction"])
     spacing = settings.get("timestep_spacing", None, ["leading", "linspace", "trailing", None])
     return NoiseSchedule(alphas_cumprod, prediction_type, spacing, settings.get("set_alpha_to_one", True, bool))
@@ -582,14 +549,10 @@ def add_placeholder(tokenizer, placeholder, num_vectors=1, option="--placeholder
     pieces = tokenizer(placeholder, add_special_tokens=False, verbose=False).input_ids
     if len(pieces) == 1 or not vocabulary.keys().isdisjoint(names):
         raise UserError(f"{what} is already a token of the model; {remedy}.")
-
     # normalized=False: found as it is written, before lower-casing. single_word: 'sks' is not found inside 'asks'.
-    single_word = bool(re.match(r"\w", placeholder) or re.match(r"\w", placeholder[-1]))
+    single_word = bool(re.search(r"^\w|\w$", placeholder))
     tokenizer.add_tokens([transformers.AddedToken(n, normalized=False, single_word=single_word) for n in names])
-    token_ids = tokenizer.convert_tokens_to_ids(names)
-    if len(set(token_ids)) < num_vectors or not set(token_ids).isdisjoint(vocabulary.values()):
-        raise UserError(f"{what} cannot be added to this model's tokenizer; {remedy}.")
-    return token_ids
+    return tokenizer.convert_tokens_to_ids(names)
 
 
 def initializer_ids(tokenizer, text):
@@ -610,17 +573,15 @@ def initial_rows(tokenizer, table, text, num_vectors, seed):
     token_ids = initializer_ids(tokenizer, text)
     if any(i >= len(table) for i in token_ids):
         raise UserError(f"--initializer_token {text!r} holds the new token itself; choose a word such as cat.")
-    if token_ids:
-        rows = table[token_ids].float()
-    elif not Path(text).exists():  # never from the Hub: a stranger's run may name it
+    if not token_ids and not Path(text).exists():  # never from the Hub: a stranger's run may name it
         raise UserError(f"--initializer_token {text}: no such file (was it moved?); name an embedding file or a word.")
-    else:
-        rows = load_embedding(text, "<initializer>", table.shape[1], "--initializer_token").rows.to(table.device)
+    file = None if token_ids else load_embedding(text, "<initializer>", table.shape[1], "--initializer_token")
+    rows = table[token_ids].float().cpu() if token_ids else file.rows
     if num_vectors == 1:
         return rows.mean(dim=0, keepdim=True)
-    noise = torch.randn(num_vectors, table.shape[1], generator=torch.Generator().manual_seed(seed)) * rows.std().cpu()
+    noise = torch.randn(num_vectors, table.shape[1], generator=torch.Generator().manual_seed(seed)) * rows.std()
     noise[: len(rows)] = 0
-    return rows[torch.arange(num_vectors) % len(rows)] + 0.1 * noise.to(table.device)
+    return rows[torch.arange(num_vectors) % len(rows)] + 0.1 * noise
 
 
 def tokenize(tokenizer, prompts, placeholders=None):
@@ -640,9 +601,7 @@ def tokenize(tokenizer, prompts, placeholders=None):
         cut = body[length - 2 :]
         lost = [token_of[i] for i in cut if i in token_of]
         if lost:
-            raise UserError(
-                f"the prompt {prompt!r} is too long for {lost[0]!r}: use fewer words or a smaller --num_vectors."
-            )
+            raise UserError(f"the prompt {prompt!r} is too long for {lost[0]!r}: use fewer words or --num_vectors.")
         if cut:
             print(f"note: a prompt can have {length - 2} tokens; cut off: {tokenizer.decode(cut)!r}", file=sys.stderr)
         row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]
@@ -820,18 +779,15 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     token = token or name
     if not isinstance(token, str) or not token.isprintable() or token in ("", "*"):
         raise UserError(f"{what} does not name its token; give it one: --token '<my-cat>'.")
-    is_plain = rows.layout == torch.strided and rows.device.type == "cpu" and not rows.is_nested
-    shape = list(rows.shape) if is_plain and rows.dtype in FLOAT_TYPES else []
-    if len(shape) not in (1, 2) or 0 in shape:
-        raise UserError(f"{what} holds {rows.dtype} {shape}, not rows of floating-point numbers.")
-    if len(shape) == 2 and shape[0] > MAX_VECTORS:
-        raise UserError(f"{what} holds {shape[0]} vectors; a prompt has room for {MAX_VECTORS}.")
-    if rows.numel() * rows.element_size() > rows.untyped_storage().nbytes():
-        raise UserError(f"{what} claims {shape} numbers, and holds fewer: nothing in it was used.")
-    if dim is not None and shape[-1] != dim:
+    shape = list(rows.shape)
+    # 10_000: the width can be a lie, too (an expanded tensor that claims terabytes)
+    too_large = len(shape) not in (1, 2) or rows.numel() > MAX_VECTORS * min(shape[-1], 10_000)
+    if too_large or 0 in shape or not rows.is_floating_point():
+        raise UserError(f"{what} holds {rows.dtype} {shape}, not 1 to {MAX_VECTORS} rows of floating-point numbers.")
+    if dim not in (None, shape[-1]):
         theirs, ours = (f"{width} ({FAMILIES.get(width, 'no common model')})" for width in (shape[-1], dim))
         raise UserError(f"{what} has rows of width {theirs}, the model wants {ours}; use another --model.")
-    rows = rows.detach().to(torch.float32, copy=True).reshape(-1, shape[-1])  # [n, dim]
+    rows = torch.atleast_2d(rows.detach().to(torch.float32, copy=True))  # [n, dim]
     if not rows.isfinite().all():
         raise UserError(f"{what} holds NaN or infinite numbers: its training failed; take another file.")
     return Embedding(token, rows, metadata)
@@ -872,7 +828,9 @@ def _read_tensors(path, what):
             with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 text = image.info.get("sd-ti-embedding")
             if text:
-                return json.loads(base64.b64decode(text), object_hook=_json_tensor), {}
+                content = json.loads(base64.b64decode(text))
+                ((key, numbers),) = content["string_to_param"].items()
+                return content | {"string_to_param": {key: torch.tensor(numbers["TORCHTENSOR"])}}, {}
     except Exception as error:
         raise UserError(f"{what} is damaged, or holds more than an embedding; nothing in it was run.") from error
     raise UserError(f"{what} is no embedding file; it has {size} bytes and begins with {data[:8]!r}.")
@@ -891,34 +849,14 @@ def same_form(value, like):
 
 
 def load_pickle(data):
-    """torch.load of bytes, which can run no code.
-
-    ValueError if it unpacks to too much, or uses a tuple twice: hashing tuples nested that way takes exponential time.
-    """
-    stream, pickles = io.BytesIO(data), 5  # an old file: magic number, version, system, content, keys; then numbers
+    """torch.load of bytes, which can run no code. ValueError if it unpacks to too much."""
     if data.startswith(b"PK"):
-        with zipfile.ZipFile(stream) as file:
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
             if sum(entry.file_size for entry in file.infolist()) > MAX_FILE_BYTES:
                 raise ValueError("it is too large")
-            (name,) = [name for name in file.namelist() if name.lower().endswith("/data.pkl")]
-            stream, pickles = io.BytesIO(file.read(name)), 1
-    for _ in range(pickles):
-        tuples, before = set(), ""
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name.endswith("PUT") and before.startswith("TUPLE"):
-                tuples.add(argument)
-            elif opcode.name.endswith("GET") and argument in tuples:
-                raise ValueError("it uses a tuple twice")
-            elif opcode.name != "PROTO":
-                before = opcode.name
     # weights_only: a pickle may otherwise run any program. ParameterDict: the container in the paper's files
     with torch.serialization.safe_globals([nn.ParameterDict]):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _json_tensor(entry):
-    """A1111 writes tensors into JSON as {"TORCHTENSOR": nested lists}."""
-    return torch.tensor(entry["TORCHTENSOR"], dtype=torch.float32) if "TORCHTENSOR" in entry else entry
 
 
 def _name_and_rows(content, what, token):
@@ -958,13 +896,13 @@ class Components(NamedTuple):
     placeholders: dict
 
 
-def load_components(model, device="cpu", dtype=torch.float32, revision=None, variant=None, embeddings=None):
-    """Components of a model with the tokens of `embeddings`, {file, run folder or Hub id: another name or None}."""
+def load_components(model, device="cpu", dtype=torch.float32, revision=None, variant=None, embeddings=()):
+    """Components of a model with the tokens of `embeddings`: (file, run folder or Hub id; another name or None), ..."""
     files = {"revision": revision, "variant": variant}
     tokenizer, text_encoder = load_tokenizer(model, revision), load_text_encoder(model, device, dtype, **files)
     dim = text_encoder.get_input_embeddings().weight.shape[1]
     placeholders, rows = {}, []
-    for source, name in (embeddings or {}).items():
+    for source, name in embeddings:
         token, token_rows, _ = load_embedding(source, name, dim)
         if token in placeholders:
             raise UserError(f"two embeddings are called {token!r}: give each a --token, in their order.")
@@ -974,5 +912,5 @@ def load_components(model, device="cpu", dtype=torch.float32, revision=None, var
         install_learned_rows(text_encoder, sum(placeholders.values(), []), torch.cat(rows))
     vae = load_vae(model, device, torch.float32, **files)  # in half precision some VAEs overflow
     unet, schedule = load_unet(model, device, dtype, **files), load_schedule(model, revision)
-    check_parts(model, vae, text_encoder, unet)
+    check_parts(model, text_encoder, unet, vae.config.latent_channels)
     return Components(tokenizer, text_encoder, vae, unet, schedule, placeholders)

@@ -24,14 +24,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
-from transformers import CLIPModel, CLIPTokenizer
-from transformers.utils import cached_file
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 import model_utils as mu
-from data import load_images
+from data import load_training_images
 from model_utils import UserError
 
 # --- Samplers ---------------------------------------------------------------------------------------------------------
@@ -235,12 +234,11 @@ EDITING_PROMPTS = {
 
 
 class Clip(NamedTuple):
-    """The CLIP that scores, and the mean and standard deviation of its images' channels."""
+    """The CLIP that scores."""
 
     model: CLIPModel
     tokenizer: CLIPTokenizer
-    image_mean: list
-    image_std: list
+    processor: CLIPImageProcessorPil
     name: str
 
 
@@ -248,23 +246,20 @@ def load_clip(model, score_model=None, device="cpu"):
     """Clip of `score_model` (folder or Hub id); by default the model's own folder `clip`, else OpenAI's ViT-B/32."""
     name = score_model or (str(Path(model, "clip")) if Path(model, "clip").is_dir() else DEFAULT_SCORE_MODEL)
     try:
-        settings = mu.Settings(cached_file(name, "preprocessor_config.json"))
-        mean, std = settings.numbers("image_mean", 3, 0, 1), settings.numbers("image_std", 3, 1e-3, 1)
+        processor = CLIPImageProcessorPil.from_pretrained(name)
+        processor(Image.new("RGB", (8, 8)))  # wrong settings fail here
         clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval().to(device)
         in_a_model = Path(name).with_name("tokenizer").is_dir()
         tokenizer = mu.load_tokenizer(Path(name).parent) if in_a_model else CLIPTokenizer.from_pretrained(name)
     except Exception as error:
         raise UserError(f"--score_model {name} cannot be loaded ({mu.reason(error)}); name another CLIP.") from error
-    return Clip(clip, tokenizer, mean, std, name)
+    return Clip(clip, tokenizer, processor, name)
 
 
 @torch.no_grad()
 def embed(clip, images, prompts):
     """CLIP embeddings of norm 1, on the CPU: of PIL images [N, dim], of prompts [P, dim]."""
-    side = clip.model.config.vision_config.image_size
-    squares = [ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BICUBIC) for image in images]
-    pixels = (np.stack(squares) / 255 - clip.image_mean) / clip.image_std
-    pixels = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)  # [N, 3, S, S]
+    pixels = clip.processor(images, return_tensors="pt").pixel_values  # [N, 3, S, S]
     length = clip.model.config.text_config.max_position_embeddings
     tokens = clip.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     output = clip.model(tokens.input_ids.to(clip.model.device), pixels.to(clip.model.device))
@@ -307,7 +302,7 @@ def score_embedding(
 
 def report_scores(scores, path):
     """Write what score_embedding found to `path` as JSON, and print it as a table (mean and standard error)."""
-    mu.atomic_write(path, lambda buffer: buffer.write(json.dumps(scores, indent=1, ensure_ascii=False).encode()))
+    mu.atomic_write(path, lambda buffer: buffer.write(json.dumps(scores, indent=1).encode()))
     print(f"{'':24}{'CLIP-I (images)':>20}{'CLIP-T (prompts)':>20}")
     for token, found in scores["tokens"].items():
         cells = (f"{found[name]['mean']:.3f} +- {found[name]['error']:.3f}" for name in ("clip_i", "clip_t"))
@@ -328,7 +323,7 @@ def build_parser():
     add("--prompt", action="append", help="repeatable (default: a photo of each token)")
     add("--negative_prompt", help="what the images should not show")
     add("--num_images", type=count, help="images per prompt (default: 4; with --score 64)")
-    add("--sampler", choices=SAMPLERS, help="(default: dpm++, or the model's own)")
+    add("--sampler", choices=SAMPLERS, help="(default: dpm++)")
     add("--steps", "--num_inference_steps", type=count, help="denoising steps (default: 25, or the model's own)")
     add("--guidance", "--guidance_scale", type=mu.number(float, -1e6, 1e6),
         help="scale of classifier-free guidance (default: 7.5, or the model's own)")
@@ -341,7 +336,7 @@ def build_parser():
     add("--revision", help="revision of a Hub id (default: the run's)")
     add("--variant", help="variant of the weight files, such as fp16 (default: the run's)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="device to generate on")
-    add("--precision", default="auto", choices=["auto", "no", "fp32", "fp16", "bf16"], help="precision of the UNet")
+    add("--precision", default="auto", choices=mu.PRECISIONS, help="precision of the UNet")
     add("--score", action="store_true", help="compute the CLIP scores of a run's token: scores.json in its folder")
     add("--score_model", type=mu.path, help=f"CLIP folder or Hub id (default: the model's, else {DEFAULT_SCORE_MODEL})")
     # fmt: on
@@ -349,11 +344,10 @@ def build_parser():
 
 
 def export(path, embeddings):
-    """Write a copy of the one embedding of {source: token or None} to `path`, which other programs call it by."""
+    """Write a copy of the one embedding of [(source, name or None)] to `path`, which other programs call it by."""
     if Path(path).suffix not in mu.EMBEDDING_SUFFIXES or Path(path).exists() or len(embeddings) != 1:
         raise UserError(f"--export {path}: one --embedding and the name of a new .safetensors, .pt or .bin are needed.")
-    ((source, token),) = embeddings.items()
-    embedding = mu.load_embedding(source, token)
+    embedding = mu.load_embedding(*embeddings[0])
     mu.save_embedding(path, embedding.token, embedding.rows, embedding.metadata.get("base_model", ""))
     name = Path(path).stem
     print(f"{mu.printable(embedding.token)} is in {path}: in A1111 it is called {name}, in ComfyUI embedding:{name}")
@@ -392,16 +386,14 @@ def run(args):
         sources = [str(runs[-1])]
     if len(names) > len(sources):
         raise UserError(f"--token is given {len(names)} times for {len(sources)} --embedding; give one for each.")
-    if len(set(sources)) < len(sources):
-        raise UserError(f"--embedding {max(sources, key=sources.count)} is given twice; once is enough.")
-    embeddings = dict(itertools.zip_longest(sources, names))
+    embeddings = list(itertools.zip_longest(sources, names))
     if args.export:
         return export(args.export, embeddings)
-    first = Path(*sources[:1])
+    first = Path(sources[0]) if sources else Path()
     folder = next((path for path in (first, first.parent) if path.is_dir()), Path())  # a Hub id has none
     config = mu.read_config(folder) if sources and first.exists() else {}  # what train.py stored
     if sources and not config:
-        metadata = mu.load_embedding(sources[0], embeddings[sources[0]]).metadata
+        metadata = mu.load_embedding(*embeddings[0]).metadata
         config = {"model": mu.model_of_name(metadata.get("base_model"))}
     model, device = args.model or config.get("model") or mu.DEFAULT_MODEL, mu.choose_device(args.device)
     from_run = {} if args.model else config  # another model has other files
@@ -427,7 +419,7 @@ def run(args):
         if not {"images", "resolution"} <= config.keys():
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
         print(f"images     {mu.printable(config['images'])}")
-        training_images = mu.to_pil(load_images(config["images"], config["resolution"]))
+        training_images = mu.to_pil(load_training_images(config["images"], config["resolution"])[0])
         tokens, initializer = list(components.placeholders)[:1], config.get("initializer_token")
         if initializer and mu.initializer_ids(components.tokenizer, initializer):  # else it is an embedding file
             tokens = [initializer, *tokens]
@@ -446,10 +438,8 @@ def run(args):
     each_prompt = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(args.seed, args.seed + len(each_prompt))
     stored = {**settings, "model": mu.name_of_model(model), "embeddings": learned_from}
-    images = []
-    for prompt, seed, image in zip(
-        each_prompt, seeds, generate(components, each_prompt, seeds, **settings), strict=True
-    ):
+    images, generated = [], generate(components, each_prompt, seeds, **settings)
+    for prompt, seed, image in zip(each_prompt, seeds, generated, strict=True):
         save_next(image, out, "", {"prompt": prompt, "seed": seed, **stored})
         images.append(image)
     if len(images) > 1:
@@ -465,12 +455,7 @@ def save_next(image, folder, stem, settings):
         path = folder / (f"{stem}{i + 1 if i else ''}.png" if stem else f"{i:04d}.png")
         with suppress(FileExistsError):
             path.touch(exist_ok=False)  # taken: another process that generates here skips it
-            break
-    try:
-        save_png(image, path, settings)
-    except BaseException:
-        path.unlink()  # nothing of 0 bytes stays
-        raise
+            return save_png(image, path, settings)
 
 
 def main(argv=None):

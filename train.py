@@ -16,10 +16,10 @@ if __name__ == "__main__":  # until training begins, also during the imports, Ct
 
 import argparse
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -107,7 +107,6 @@ class Batch(NamedTuple):
 def load_dataset(args, tokenizer, placeholders, device):
     """Encode images and captions once. The VAE is freed afterwards. Sets args.resolution if it is not given."""
     vae = mu.load_vae(args.model, device, revision=args.revision, variant=args.variant)
-    mu.check_parts(args.model, vae)
     factor, token = mu.vae_factor(vae), args.placeholder_token
     args.resolution = args.resolution or min(mu.native_size(mu.read_unet_config(args.model, args.revision), vae))
     if args.resolution % factor:
@@ -118,7 +117,7 @@ def load_dataset(args, tokenizer, placeholders, device):
     token_ids = mu.tokenize(tokenizer, captions, placeholders)  # [captions, L]
     lost = [caption for caption, ids in zip(captions, token_ids, strict=True) if placeholders[token][0] not in ids]
     if lost:  # it would learn nothing
-        raise UserError(f"--placeholder_token: {token!r} is no word of its own in the caption {lost[0]!r}; add spaces.")
+        raise UserError(f"--placeholder_token: {token!r} is no separate word in the caption {lost[0]!r}; add spaces.")
     fingerprint, summary = hashlib.sha256(images.numpy()), f"{len(images)} images"
     if source:
         fingerprint.update(repr((captions, choices.tolist())).encode())
@@ -147,29 +146,29 @@ def batch_loss(components, batch):
         return inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
 
 
-def backward(components, batch, total, size, scaler, learned_rows):
-    """Accumulate this batch's part of the gradient of the mean loss of `total` images -> losses [B], size.
+def backward(components, batch, step_images, at_once, scaler, learned_rows):
+    """Accumulate this batch's part of the gradient of the mean loss of `step_images` images -> losses [B], at_once.
 
-    At most `size` images go through the UNet at once, half as many when the device runs out of memory. Together they
-    are one step, as if all did.
+    `at_once` images go through the UNet at a time, half as many when the device runs out of memory. Together they are
+    one step, as if all did.
     """
     while True:
         losses = torch.zeros(len(batch.latents), device=components.unet.device)
-        parts = math.ceil(len(batch.latents) / size)
+        parts = math.ceil(len(batch.latents) / at_once)
         try:
             for i in range(parts):
-                loss = batch_loss(components, batch.strided(i, parts))  # [size]
-                scaler.scale(loss.sum() / total).backward()  # reaches learned_rows: all else is frozen
+                loss = batch_loss(components, batch.strided(i, parts))  # [at_once]
+                scaler.scale(loss.sum() / step_images).backward()  # reaches learned_rows: all else is frozen
                 losses[i::parts] = loss.detach()
-            return losses, size
+            return losses, at_once
         except torch.OutOfMemoryError:
-            if size == 1:
+            if at_once == 1:
                 raise
         # here, after the except block: its traceback, like the loss, would keep the saved activations
         loss = learned_rows.grad = None
         torch.cuda.empty_cache()
-        size = math.ceil(min(size, len(batch.latents)) / 2)
-        print(f"note: out of memory; a step now takes {size} of its images at a time, with the same result")
+        at_once = math.ceil(min(at_once, len(batch.latents)) / 2)
+        print(f"note: out of memory; a step now takes {at_once} of its images at a time, with the same result")
 
 
 def exchange_gradient(learned_rows, interrupted):
@@ -181,9 +180,9 @@ def exchange_gradient(learned_rows, interrupted):
 
 
 @torch.no_grad()
-def evaluation_loss(components, batch, size):
+def evaluation_loss(components, batch, at_once):
     """The mean loss of the evaluation batch: always the same examples, while the loss of the steps is noisy."""
-    parts = zip(*(tensor.split(size) for tensor in batch), strict=True)
+    parts = zip(*(tensor.split(at_once) for tensor in batch), strict=True)
     return torch.cat([batch_loss(components, Batch(*part)) for part in parts]).mean()
 
 
@@ -213,17 +212,20 @@ def announce(run, device, vocabulary_rms):
     steps = f"{resumed}{args.steps} steps of {args.batch_size * args.grad_accum}, {args.timestep_sampling} timesteps"
     rate = f"learning rate {max(rates):.2g} ({args.lr_scheduler})"
     print(mu.printable(f"training   {concept}, {steps}, {rate}, {args.precision} on {device}"))
-    if args.steps >= 50 and not 0.4 < total / usual < 2.5:  # the token may be under- or overfitted
+    if args.steps >= 50 and not 0.4 * usual < total < 2.5 * usual:  # the token may be under- or overfitted
         print(f"note: learning rates add up to {total:.2g} ({usual:.2g} in --recipe {args.recipe}): see --lr, --steps")
 
 
 def train(args):
-    """Learn the token -> the run's folder. UserError if it cannot be done; SystemExit (130) after Ctrl-C."""
+    """Learn the token -> the run's folder. UserError if it cannot be done; SystemExit (130) after Ctrl-C.
+
+    args is completed on the way (precision, resolution, lr, output_dir), and stored in the run's config.json.
+    """
     # 1. The data, and the frozen model with new rows, which start as the initializer token's
     device = mu.choose_device(args.device)
     rank, processes = mu.join_processes(device)
-    total, size = args.batch_size * args.grad_accum, args.batch_size  # images in a step, and at a time
-    if processes > total:
+    step_images, at_once = args.batch_size * args.grad_accum, args.batch_size
+    if processes > step_images:
         raise UserError(f"--batch_size {args.batch_size}: a step has fewer images than the {processes} processes.")
     dtype = mu.choose_dtype(args.precision, device)
     args.precision = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]  # kept on resume
@@ -237,16 +239,13 @@ def train(args):
     unet = mu.load_unet(args.model, device, dtype, args.revision, args.variant)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    mu.check_parts(args.model, None, text_encoder, unet, dataset.cache.mean[:1, 0])
+    mu.check_parts(args.model, text_encoder, unet, dataset.cache.mean.shape[2])
     table = text_encoder.get_input_embeddings().weight  # [V, dim]
     vocabulary_rms = table.float().square().mean().sqrt().item()
-    if not 0 < vocabulary_rms < math.inf:
-        raise UserError(f"--model {args.model}: its token table is zero or not finite; take another checkpoint.")
     args.lr = args.lr or vocabulary_rms  # --recipe fast leaves it open
     init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
     components = mu.Components(tokenizer, text_encoder, None, unet, schedule, placeholders)
-    warnings.filterwarnings("ignore", message="Dynamo detected")  # --compile: about diffusers' code
     training = components._replace(unet=torch.compile(unet)) if args.compile else components
 
     # 2. The optimizer, and the run's folder, which restores what learns if it is resumed
@@ -263,18 +262,18 @@ def train(args):
         run.preview(components)
 
     # 3. The loop
-    eval_size = args.batch_size * math.ceil(4 / args.batch_size)  # at least 4 images
-    eval_batch = draw_batch(dataset, eval_size, schedule, EVAL_SEED, args)
+    eval_batch = draw_batch(dataset, max(4, args.batch_size), schedule, EVAL_SEED, args)
     loss_sums = torch.zeros(2, 4, device=device)  # losses and number of images, by quarter of the timesteps
     bad_steps = torch.zeros((), device=device)  # steps in a row whose gradient was not finite
     bar = tqdm(total=args.steps, initial=run.step, unit="step", disable=rank > 0 or None)  # None: if no terminal
     intervals = (args.log_steps, args.save_steps, args.preview_steps)
     vocabulary_norm = table.float().norm(dim=1).median().item()
-    start, finished, stopped = run.step, run.step >= args.steps or run.has_converged(), False
+    start, stopped = run.step, False
+    finished = run.step >= args.steps or run.has_converged()
     with mu.catch_ctrl_c() as interrupted, bar:
         while not finished:
-            batch = draw_batch(dataset, total, schedule, run.step, args).strided(rank, processes)
-            losses, size = backward(training, batch, total, size, scaler, learned_rows)  # [B]
+            batch = draw_batch(dataset, step_images, schedule, run.step, args).strided(rank, processes)
+            losses, at_once = backward(training, batch, step_images, at_once, scaler, learned_rows)  # [B]
             stopped = bool(interrupted)  # checked once per step
             if processes > 1:
                 stopped = exchange_gradient(learned_rows, stopped)
@@ -298,15 +297,13 @@ def train(args):
                 raise UserError(f"--lr {args.lr}: the embedding is not finite any more; try a lower one.")
             sums, counts = mu.sum_over_processes(loss_sums).tolist()
             loss_sums.zero_()
-            eval_loss = (
-                mu.sum_over_processes(evaluation_loss(components, eval_batch, size)).item() / processes
-            )  # all decide alike
+            # every process computes all of it: the average is the same number in each, so all stop at the same step
+            eval_loss = mu.sum_over_processes(evaluation_loss(components, eval_batch, at_once)).item() / processes
             row = {"step": run.step, "loss": sum(sums) / sum(counts), "eval_loss": eval_loss}
             row["loss_by_timestep"] = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
             row |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped_steps": run.step - int(run.moments["step"])}
-            row["embedding_norm"] = learned_rows.norm(dim=1).mean().item()
-            row["vocabulary_norm"] = vocabulary_norm
-            row["cosine_to_init"] = torch.cosine_similarity(learned_rows, init_rows).mean().item()
+            row |= {"embedding_norm": learned_rows.norm(dim=1).mean().item(), "vocabulary_norm": vocabulary_norm}
+            row["cosine_to_init"] = torch.cosine_similarity(learned_rows.cpu(), init_rows).mean().item()
             row["nearest"] = mu.nearest_tokens(tokenizer, table, learned_rows)
             run.log(row, bar)
             finished = finished or run.has_converged()
@@ -316,9 +313,7 @@ def train(args):
             if rank == 0 and (is_save_step or finished or broken):
                 run.save(last=finished or broken)
             if broken:
-                raise UserError(
-                    f"{MAX_BAD_STEPS} gradients in a row were not finite: try --precision fp32 or a lower --lr."
-                )
+                raise UserError(f"--lr {args.lr}: {MAX_BAD_STEPS} gradients in a row not finite; lower it, or fp32.")
 
     # 4. How well it went
     if torch.distributed.is_initialized():
@@ -356,7 +351,7 @@ class Run:
     def __init__(self, args, dataset, model_fingerprint, learned_rows, optimizer, scaler, rank):
         self.args, self.dataset, self.model_fingerprint, self.rank = args, dataset, model_fingerprint, rank
         self.learned_rows, self.scaler = learned_rows, scaler
-        self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", {}, None
+        self.step, self.log_rows, self.previews, self.tensorboard = 0, [], {}, None
         # AdamW makes its moments at the first step; made here, a checkpoint has the same form from the start
         self.moments = {name: torch.zeros_like(learned_rows) for name in ("exp_avg", "exp_avg_sq")}
         self.moments["step"] = torch.zeros((), device=learned_rows.device)  # steps that were not skipped
@@ -377,10 +372,9 @@ class Run:
         config = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
         paths = {name: str(Path(config[name]).resolve()) for name in ("images", "masks", "templates") if config[name]}
         config |= paths | {"model": mu.name_of_model(args.model)}  # absolute: the run can be resumed from any folder
-        text = json.dumps(config, indent=1, ensure_ascii=False).encode()
+        text = json.dumps(config, indent=1).encode()
         mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text))
-        lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
-        mu.atomic_write(self.folder / "log.jsonl", lambda buffer: buffer.write(lines.encode()))
+        self.write_log()
         if resumed:
             self.save()  # a kill can have come between the checkpoint and the embedding
         if args.tensorboard:
@@ -404,13 +398,10 @@ class Run:
             intact = mu.same_form(state, own)
         if not intact:
             raise UserError(f"--resume: {path} is damaged or of another model or version; start anew: --overwrite.")
-        for name, what in {
-            "images": f"--images {self.args.images}: these are not the images, masks or captions",
-            "model": f"--model {self.args.model}: this is not the model",
-            "token": f"{self.folder / 'config.json'}: {own['token']!r} is not the token",
-        }.items():
+        for name, what in {"images": "images, masks or captions", "model": "weights", "token": "tokens"}.items():
             if state[name] != own[name]:
-                raise UserError(f"{what} that {self.folder} began with.")
+                same = "name the same with --images, --masks, --templates, --model"
+                raise UserError(f"--resume: {self.folder} began with other {what}; {same}.")
         for name, value in own.items():
             if isinstance(value, torch.Tensor):
                 value.copy_(state[name])
@@ -425,9 +416,9 @@ class Run:
             with suppress(Exception), Image.open(preview) as sheet:  # a damaged or foreign image
                 steps = json.loads(sheet.text["steps"])
                 height = sheet.height // (1 + len(steps))
-                boxes = [(0, i * height, sheet.width, (i + 1) * height) for i in range(1, 1 + len(steps))]
-                rows = zip(steps, boxes, strict=True)
-                self.previews = {step: sheet.crop(box) for step, box in rows if step <= self.step}
+                for i, step in enumerate(steps, start=1):
+                    if step <= self.step:
+                        self.previews[step] = sheet.crop((0, i * height, sheet.width, (i + 1) * height))
 
     def save(self, last=True):
         """Write the checkpoint, then the embedding. UserError if the last save of a run fails, else a warning."""
@@ -442,6 +433,10 @@ class Run:
                 raise
             print(f"warning: step {self.step} is not saved, a later one will be ({error})", file=sys.stderr)
 
+    def write_log(self):
+        lines = "".join(json.dumps(row) + "\n" for row in self.log_rows).encode()
+        mu.atomic_write(self.folder / "log.jsonl", lambda buffer: buffer.write(lines))
+
     def log(self, row, bar):
         """Add a line to log.jsonl; NaN and infinite numbers become null. Without a terminal the line is printed too."""
         text = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", "eval_loss", "embedding_norm"))
@@ -449,13 +444,10 @@ class Run:
         self.log_rows.append(row)
         if self.rank > 0:
             return
-        self.unwritten += json.dumps(row) + "\n"
         try:
-            with (self.folder / "log.jsonl").open("a") as file:
-                file.write(self.unwritten)
-            self.unwritten = ""
-        except OSError as error:
-            print(f"warning: cannot write log.jsonl yet ({error.strerror})", file=sys.stderr)
+            self.write_log()
+        except UserError as error:  # the next line will bring this one
+            print(f"warning: {error}", file=sys.stderr)
         for name, value in row.items() if self.tensorboard else ():
             if isinstance(value, float):
                 self.tensorboard.add_scalar(name, value, self.step)
@@ -546,10 +538,10 @@ NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf
 --adam_beta2 --adam_weight_decay --adam_epsilon --checkpoints_total_limit --validation_epochs --local_rank
 --lr_num_cycles""".split()
 
-MAX_STEPS = 10**6
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
-STEPS, IMAGES = mu.number(int, 1, MAX_STEPS), mu.number(int, 1, 4096)
+RATE, SCHEDULES = mu.number(float, 1e-12, 1e6), ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
+STEPS, IMAGES = mu.number(int, 1, 10**6), mu.number(int, 1, 4096)
 
 
 def initializer(text):
@@ -567,8 +559,7 @@ def build_parser():
     add("--variant", help="variant of the weight files, such as fp16")
     add("--images", "--train_data_dir", type=mu.path, help="folder of 3 to 9 images, or one image (default: the kat)")
     add("--masks", type=mu.path, help="folder of masks named as the images; black and transparent parts do not count")
-    add("--templates", type=mu.path, help="file of captions, one a line, with {} for the token (default: built-in "
-        "ones, or the lines of NAME.txt beside NAME.jpg)")
+    add("--templates", type=mu.path, help="file of captions with {} for the token (default: NAME.txt beside NAME.jpg)")
     add("--placeholder_token", default="<kat>", help="the new token")
     add("--initializer_token", type=initializer, help="word or embedding file that it starts as (default: cat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
@@ -579,20 +570,16 @@ def build_parser():
     add("--steps", "--max_train_steps", type=STEPS, help="optimizer steps (notebook 2000, fast 250)")
     add("--batch_size", "--train_batch_size", type=IMAGES, help="images a pass, split if need be (notebook 4, fast 8)")
     add("--grad_accum", "--gradient_accumulation_steps", type=IMAGES, default=1, help="passes per optimizer step")
-    add("--lr", "--learning_rate", type=mu.number(float, 1e-12, 1e6),
-        help="peak learning rate (notebook 2e-3, fast root mean square of the vocabulary's entries, .02 for mini_sd)")
+    add("--lr", "--learning_rate", type=RATE, help="peak learning rate (notebook 2e-3, fast: the vocabulary's rms)")
     add("--scale_lr", action=FLAG, default=False, help="multiply the learning rate by the images per step")
-    add("--lr_scheduler", choices=["constant", "constant_with_warmup", "linear", "cosine", "polynomial"],
-        help="learning rate schedule (notebook constant, fast cosine)")
+    add("--lr_scheduler", choices=SCHEDULES, help="learning rate schedule (notebook constant, fast cosine)")
     add("--lr_warmup_steps", type=COUNT_OR_ZERO, help="steps of linear warm-up (notebook 0, fast 10)")
-    add("--timestep_sampling", choices=["uniform", "cubic"],
-        help="uniform is the paper's; cubic favours high noise and learns sooner (notebook uniform, fast cubic)")
+    add("--timestep_sampling", choices=["uniform", "cubic"], help="cubic: higher noise (notebook uniform, fast cubic)")
     add("--early_stop", action=FLAG, default=False, help="stop once the evaluation loss has plateaued")
     add("--seed", type=mu.number(int, 0, 2**63 - 1), default=0, help="random seed")
     add = parser.add_argument_group("hardware").add_argument
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to train on")
-    add("--precision", "--mixed_precision", choices=["auto", "no", "fp32", "fp16", "bf16"], default="auto",
-        help="precision of the frozen weights and of autocast")
+    add("--precision", "--mixed_precision", choices=mu.PRECISIONS, default="auto", help="of the frozen weights")
     add("--gradient_checkpointing", action=FLAG, default=False, help="save memory, with a slower backward pass")
     add("--compile", action=FLAG, default=False, help="compile the UNet: minutes for the first step, then faster ones")
     output = parser.add_argument_group("output")
@@ -608,16 +595,14 @@ def build_parser():
     add("--preview_steps", "--validation_steps", type=COUNT_OR_ZERO, default=100, help="steps between previews")
     add("--preview_prompt", "--validation_prompt", help="prompt of the previews (default: a photo of the token)")
     add("--score", action=FLAG, default=True, help="compute CLIP scores at the end, if the model has a clip/")
-    # What else commands for diffusers' script may hold: it means the same here, or is named as without effect
+    # Options of diffusers' script alone: taken as far as they mean something here, else named as without effect
     hidden = {"help": argparse.SUPPRESS}
     add("--no_safe_serialization", action="store_true", dest="save_bin", default=argparse.SUPPRESS, **hidden)
     add("--report_to", default="none", **hidden)
     add("--num_validation_images", type=IMAGES, default=4, **hidden)
     add("--num_train_epochs", type=COUNT, **hidden)
     add("--repeats", type=COUNT, default=100, **hidden)  # of the images in an epoch
-    for option in NO_EFFECT:
-        name = {"const": option, "type": lambda value, option=option: option}  # instead of its value
-        add(option, nargs="?", action="append", dest="no_effect", default=[], **name, **hidden)
+    add(*NO_EFFECT, nargs="?", dest="no_effect", **hidden)
     # fmt: on
     return parser
 
@@ -648,24 +633,16 @@ def parse_options(argv):
     if epochs:
         examples = len(data.list_images(args.images)) * args.repeats
         args.steps = epochs * math.ceil(examples / (args.batch_size * args.grad_accum))
-        if args.steps > MAX_STEPS:
-            raise UserError(f"--num_train_epochs {epochs}: that is {args.steps} steps; take at most {MAX_STEPS}.")
     args.tensorboard |= args.report_to == "tensorboard"
+    no_effect = [name for name in (word.split("=")[0] for word in argv) if name in NO_EFFECT]
     if args.report_to not in ("none", "tensorboard"):
-        args.no_effect.append(f"--report_to {args.report_to}")
-    if args.no_effect:
-        print(mu.printable(f"note: without effect here: {', '.join(args.no_effect)}"), file=sys.stderr)
-    if args.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError as error:
-            raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
-    needed = 15 * args.log_steps
-    if args.early_stop and args.steps <= needed:
-        print(
-            f"note: --early_stop has no effect: it needs more than {needed} --steps or a smaller --log_steps",
-            file=sys.stderr,
-        )
+        no_effect.append(f"--report_to {args.report_to}")
+    if no_effect:
+        print(mu.printable(f"note: without effect here: {', '.join(no_effect)}"), file=sys.stderr)
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.")
+    if args.early_stop and args.steps <= 15 * args.log_steps:
+        print(f"note: --early_stop needs over {15 * args.log_steps} --steps here: see --log_steps", file=sys.stderr)
     return args
 
 
@@ -673,21 +650,17 @@ def resumed_options(args, argv):
     """The options of the run's config.json, followed by those of the command line. UserError if its course changes."""
     folder = args.output_dir or args.resume
     if folder == "latest":
-        named = any(word.startswith("--placeholder_token") for word in argv)
-        tokens = {p: mu.read_config(p.parent).get("placeholder_token") for p in Path("runs").glob("*/config.json")}
-        runs = [p for p, token in tokens.items() if token and (token == args.placeholder_token or not named)]
+        runs = [path for path in Path("runs").glob("*/config.json") if mu.read_config(path.parent)]
         if not runs:
-            raise UserError("--resume: there is no such run in runs/; name its folder with --output_dir.")
+            raise UserError("--resume: there is no run in runs/; name its folder with --output_dir.")
         folder = str(max(runs, key=lambda path: path.stat().st_mtime).parent)
     config = mu.read_config(folder)
     learned = any(Path(folder, name).exists() for name in EMBEDDING_FILES)
     if not config or (learned and not Path(folder, "state.pt").is_file()):
         raise UserError(f"--resume: {folder} has no checkpoint state.pt, or no config.json; name the folder of a run.")
-    config_argv = []
-    for name, value in config.items():
-        if name in args and value is not None:
-            flag = f"--{name}" if value else f"--no-{name}"
-            config_argv.append(flag if isinstance(value, bool) else f"--{name}={value}")
+    stored = {name: value for name, value in config.items() if name in args and value is not None}
+    flags = [f"--{'' if value else 'no-'}{name}" for name, value in stored.items() if isinstance(value, bool)]
+    config_argv = flags + [f"--{name}={value}" for name, value in stored.items() if not isinstance(value, bool)]
     try:
         before = build_parser().parse_args(config_argv)
     except UserError as error:
@@ -701,7 +674,7 @@ def resumed_options(args, argv):
     for name, was in vars(before).items():
         if name not in FREE_TO_CHANGE and name not in NOT_STORED and getattr(args, name) != was:
             change = f"--{name} was {was!r} and is now {getattr(args, name)!r}"
-            raise UserError(f"--resume would change the course of {folder}: {change}; leave it or start another run.")
+            raise UserError(f"--resume would change the course of {folder}: {change}; leave it, or name another run.")
     return args
 
 

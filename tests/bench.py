@@ -81,7 +81,7 @@ class DiffusersWay:
         self.optimizer = torch.optim.AdamW([self.table], lr=5e-4, weight_decay=1e-2)
         captions = [template.format("<new>") for template in data.OBJECT_TEMPLATES]
         self.template_ids = mu.tokenize(self.tokenizer, captions, {"<new>": self.token_ids})
-        self.images = data.load_images(args.images, args.resolution or self.vae.config.sample_size)
+        self.images = data.load_training_images(args.images, args.resolution or self.vae.config.sample_size)[0]
 
     def step(self):
         images = self.images[torch.randint(len(self.images), (self.batch_size,))].to(self.device, self.dtype)

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 
 import data
 import model_utils as mu
-from data import LatentCache, list_images, load_images
+from data import LatentCache, list_images
 
 RED, GREEN, BLUE, SAND = COLOURS = [(200, 30, 40), (20, 160, 60), (40, 60, 220), (230, 200, 120)]
 GREYS, ALPHAS, LEVELS_16 = [0, 90, 180, 255], [255, 128, 0, 40], [0, 257 * 90, 257 * 180, 65535]
@@ -267,7 +267,7 @@ def test_images_are_sorted_channels_first_and_from_minus_one_to_one(tmp_path, ca
     save(
         folder, Image.fromarray(quarters([(255, 0, 0), (0, 255, 0), (0, 0, 255), (51, 102, 204)])), "a.webp", **LOSSLESS
     )
-    images = load_images(str(folder), 48)  # a.webp comes second
+    images = data.load_training_images(str(folder), 48)[0]  # a.webp comes second
     assert images.shape == (7, 3, 48, 48) and images.dtype == torch.float32
     expected = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [-0.6, -0.2, 0.6]])
     torch.testing.assert_close(images[1, :, [12, 12, 36, 36], [12, 36, 12, 36]].T, expected, atol=1e-6, rtol=0)
@@ -280,7 +280,7 @@ def test_what_is_no_image_is_skipped_in_one_line_that_names_it(tmp_path, capsys)
         (folder / name).write_bytes(b"x")
     (folder / "folder.png").mkdir()
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
-    assert len(load_images(folder, 8)) == 2
+    assert len(data.load_training_images(folder, 8)[0]) == 2
     output, error = capsys.readouterr()
     first = ".DS_Store", "._a.png", ".hidden.png", *(f"{i:03}.txt" for i in range(7))
     assert output == "" and error.endswith(", ".join(map(repr, first)) + " and 98 more\n") and error.count("\n") == 1
@@ -291,7 +291,7 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
         fill(tmp_path, os.fsdecode(b"caf\xe9.doc"), os.fsdecode(b"caf\xe9.png"))
     except OSError:
         pytest.skip("this file system takes no such names")
-    assert len(load_images(tmp_path, 8)) == 1
+    assert len(data.load_training_images(tmp_path, 8)[0]) == 1
     assert r"'caf\udce9.doc'" in capsys.readouterr().err
 
 
@@ -300,7 +300,7 @@ def test_damaged_images_are_skipped_in_one_line_that_says_why(tmp_path, capsys):
     fill(tmp_path, "e.png", colour=BLUE)
     (folder / "b.jpg").write_bytes(encoded(NOISE, "JPEG")[:900])
     (folder / "d.png").write_bytes(png_bomb(60_000))
-    assert torch.equal(load_images(folder, 16)[:, :, 0, 0], torch.tensor([RED, BLUE]) / 127.5 - 1)
+    assert torch.equal(data.load_training_images(folder, 16)[0][:, :, 0, 0], torch.tensor([RED, BLUE]) / 127.5 - 1)
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "'b.jpg' (image file is truncated" in error
     assert "'d.png' (Image size (3600000000 pixels)" in error
@@ -309,9 +309,9 @@ def test_damaged_images_are_skipped_in_one_line_that_says_why(tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, expected",
     [
-        (None, ["No such file"]),
+        (None, ["no such file or folder"]),
         (b"a file", ["not an image"]),
-        ({}, ["it is empty", "JPEG"]),
+        ({}, ["holds nothing", "JPEG"]),
         ({"IMG_1.heic": b"x"}, ["'IMG_1.heic' (not an image of a known kind)"]),
         ({"a.png": encoded(RGB, "PNG")[:60], "b.jpg": b""}, ["'a.png' (", "'b.jpg' ("]),
     ],
@@ -325,9 +325,9 @@ def test_a_folder_without_images_is_a_user_error(tmp_path, content, expected):
         for name, data_of_file in content.items():
             (folder / name).write_bytes(data_of_file)
     with pytest.raises(mu.UserError) as caught:
-        load_images(folder, 16)
+        data.load_training_images(folder, 16)[0]
     sentence = str(caught.value)
-    assert sentence.startswith("--images") and repr(str(folder)) in sentence and "\n" not in sentence
+    assert sentence.startswith("--images") and str(folder) in sentence and "\n" not in sentence
     assert all(part in sentence for part in expected)
 
 
@@ -349,15 +349,6 @@ def test_the_cache_holds_the_encodings_of_images_and_their_mirror_images(tiny_mo
         torch.testing.assert_close(cache.mean[:, mirrored], mean)
         torch.testing.assert_close(cache.std[:, mirrored], std)
     assert (cache.mean[:, 1] - cache.mean[:, 0].flip(-1)).abs().max() > 1e-3  # mirrored latents are something else
-
-
-@pytest.mark.parametrize("overflowing", ["mean", "std"])
-def test_a_vae_that_overflows_is_a_user_error(monkeypatch, overflowing):
-    moments = {"mean": torch.zeros(2, 4, 2, 2), "std": torch.ones(2, 4, 2, 2)}
-    moments[overflowing][1, 0, 0, 0] = torch.inf
-    monkeypatch.setattr(data, "encode_images", lambda vae, images, batch: tuple(moments.values()))
-    with pytest.raises(mu.UserError, match="--model.*not finite"):
-        data.encode_dataset(None, torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 8, 8))
 
 
 def generator(seed):

@@ -238,15 +238,13 @@ def test_numbers_that_are_not_finite_are_refused(wrong, name, tmp_path):
 @pytest.mark.parametrize(
     "content, named",
     [
-        ({"<kat>": torch.zeros(76, 768)}, "76 vectors"),
-        ({"<kat>": torch.zeros(1, 1).expand(10**9, 10**6)}, "1000000000 vectors"),  # 4 bytes that claim petabytes
-        ({"<kat>": torch.zeros(1).expand(75, 10**12)}, "holds fewer"),  # 2 KB that unfold to 300 TB
-        ({"<kat>": torch.zeros(0, 768)}, "not rows"),
-        ({"<kat>": torch.zeros(1, 1, 768)}, "not rows"),
-        ({"<kat>": torch.tensor(1.0)}, "not rows"),
-        ({"<kat>": torch.zeros(1, 768, dtype=torch.int64)}, "not rows"),
-        ({"<kat>": torch.zeros(1, 768).to_sparse()}, "not rows"),
-        ({"<kat>": torch.zeros(1, 768, device="meta")}, "not rows"),
+        ({"<kat>": torch.zeros(76, 768)}, r"\[76, 768\], not 1 to 75 rows"),
+        ({"<kat>": torch.zeros(1, 1).expand(10**9, 10**6)}, "not 1 to 75 rows"),  # 4 bytes that claim petabytes
+        ({"<kat>": torch.zeros(1).expand(75, 10**12)}, "not 1 to 75 rows"),  # 2 KB that unfold to 300 TB
+        ({"<kat>": torch.zeros(0, 768)}, "not 1 to 75 rows"),
+        ({"<kat>": torch.zeros(1, 1, 768)}, "not 1 to 75 rows"),
+        ({"<kat>": torch.tensor(1.0)}, "not 1 to 75 rows"),
+        ({"<kat>": torch.zeros(1, 768, dtype=torch.int64)}, "torch.int64"),
         ({}, "holds"),
         ([ONE], "no embedding of one token"),
         ("a string", "no embedding of one token"),
@@ -333,7 +331,7 @@ def test_diffusers_loads_it_and_encodes_the_same_prompts(num_vectors, name, tiny
     pipeline.load_textual_inversion(str(tmp_path))
     prompts = ["a photo of <kat> on a red background", "two cat"]
     theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    components = mu.load_components(tiny_model, embeddings={tmp_path: None})
+    components = mu.load_components(tiny_model, embeddings=[(tmp_path, None)])
     token_ids = mu.tokenize(components.tokenizer, prompts, components.placeholders)
     ours = mu.encode_tokens(components.text_encoder, token_ids)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

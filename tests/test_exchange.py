@@ -210,6 +210,16 @@ def test_one_of_several_tokens_is_chosen_by_its_name(name, tmp_path):
             mu.load_embedding(path, token)
 
 
+def test_one_file_can_give_two_tokens(tiny_model, tmp_path):
+    torch.save({"<kat>": torch.ones(32), "<pup>": torch.zeros(32)}, tmp_path / "two.bin")
+    two = [(tmp_path / "two.bin", "<kat>"), (tmp_path / "two.bin", "<pup>")]
+    components = mu.load_components(tiny_model, embeddings=two)
+    assert list(components.placeholders) == ["<kat>", "<pup>"]
+    assert components.text_encoder.get_input_embeddings().learned_rows.mean(dim=1).tolist() == [1, 0]
+    with pytest.raises(mu.UserError, match="two embeddings are called '<kat>'"):
+        mu.load_components(tiny_model, embeddings=[two[0], two[0]])
+
+
 def test_one_of_several_a1111_terms_is_chosen_by_its_name(tmp_path):
     torch.save({"string_to_param": OrderedDict({"a": ONE, "b": EIGHT}), "name": "both"}, tmp_path / "both.pt")
     embedding = mu.load_embedding(tmp_path / "both.pt", "b")
@@ -244,12 +254,12 @@ def test_a_name_that_cannot_be_a_token_names_the_file_and_the_option(name, tiny_
     path = tmp_path / "kat.pt"
     torch.save({"string_to_param": {"*": torch.zeros(1, 32)}, "name": name}, path)
     with pytest.raises(mu.UserError) as error:
-        mu.load_components(tiny_model, embeddings={path: None})
+        mu.load_components(tiny_model, embeddings=[(path, None)])
     assert str(error.value).startswith(f"--embedding {path}: its token {name!r}")
     assert "--token '<my-cat>'" in str(error.value)
     with pytest.raises(mu.UserError, match="^--token 'red'"):
-        mu.load_components(tiny_model, embeddings={path: "red"})
-    assert list(mu.load_components(tiny_model, embeddings={path: "<my-cat>"}).placeholders) == ["<my-cat>"]
+        mu.load_components(tiny_model, embeddings=[(path, "red")])
+    assert list(mu.load_components(tiny_model, embeddings=[(path, "<my-cat>")]).placeholders) == ["<my-cat>"]
 
 
 # --- Prompts ----------------------------------------------------------------------------------------------------------

@@ -184,8 +184,8 @@ def test_the_default_run_learns_the_token(tmp_path, monkeypatch):
     assert rows[-1]["eval_loss"] < 0.97 * rows[0]["eval_loss"]
 
     found, network = {}, classifier.load_classifier()
-    components = mu.load_components(MINI_SD, embeddings={str(folder): None})
-    training_images = mu.to_pil(data.load_images(MINI_SD / "concepts" / "kat", 64))
+    components = mu.load_components(MINI_SD, embeddings=[(str(folder), None)])
+    training_images = mu.to_pil(data.load_training_images(MINI_SD / "concepts" / "kat", 64)[0])
     scores = sample.score_embedding(
         components, sample.load_clip(MINI_SD), training_images, ["cat", "<kat>"], num_images=16,
         callback=lambda token, images: found.update({token: classifier.classify(network, images[:16])}),

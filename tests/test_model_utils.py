@@ -203,7 +203,7 @@ def test_precision(monkeypatch):
     with pytest.raises(UserError, match="--precision fp16 needs a GPU.* fp32"):
         mu.choose_dtype("fp16", CPU)
     for bf16 in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, bf16=bf16: bf16)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
         assert mu.choose_dtype("auto", CUDA) == (torch.bfloat16 if bf16 else torch.float16)
 
 

@@ -210,7 +210,7 @@ def test_heic_is_skipped_with_the_number_and_two_remedies(tmp_path, without_pill
 def test_a_folder_of_heic_alone_is_a_user_error_with_two_remedies(tmp_path, without_pillow_heif, name):
     write(tmp_path / name, HEIC)
     with pytest.raises(UserError, match=rf"^--images.*'{name}' \(HEIC: pip install pillow-heif, or export as JPEG"):
-        data.load_images(tmp_path, 16)
+        data.load_training_images(tmp_path, 16)[0]
 
 
 @pytest.mark.parametrize("name", ["a.heic", "a.HIF", "a.jpg"])
@@ -465,7 +465,7 @@ def test_resume_goes_on_with_moved_files_and_refuses_changed_ones(learn, tmp_pat
     config = json.loads(Path("run", "config.json").read_text())
     assert not option or Path(config[option[0][2:]]).is_absolute()
     write(tmp_path / name, contents[1])
-    with pytest.raises(UserError, match="^--images.*not the images"):
+    with pytest.raises(UserError, match="began with other images, masks or captions"):
         train.train(train.parse_options(resume))
     write(tmp_path / name, contents[0])
     if option:
@@ -489,7 +489,7 @@ def test_one_image_file_instead_of_a_folder(learn, tmp_path, capsys):
     write(tmp_path / "images" / "1.txt", "red {}")
     assert learn("--images", "images/1.png").isfinite().all()
     assert "1 images, 1 with captions such as 'red {}'" in first_line(capsys)
-    assert data.load_images(tmp_path / "images" / "1.png", 16).shape == (1, 3, 16, 16)
+    assert data.load_training_images(tmp_path / "images" / "1.png", 16)[0].shape == (1, 3, 16, 16)
 
 
 def test_a_folder_of_folders_is_answered_with_did_you_mean(tmp_path):

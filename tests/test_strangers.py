@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -125,7 +124,7 @@ def test_the_checkpoint_of_another_run_is_refused(learn, capsys):
     learn("--placeholder_token", "<pup>", out="other")
     folder = learn()
     (folder / "state.pt").write_bytes(Path("other/state.pt").read_bytes())
-    assert "is not the token that" in sentence(train.main, ["--resume", str(folder)], capsys)
+    assert "began with other tokens" in sentence(train.main, ["--resume", str(folder)], capsys)
 
 
 # --- Odd files --------------------------------------------------------------------------------------------------------
@@ -239,42 +238,10 @@ def test_overwrite_does_not_begin_what_it_cannot_end(learn):
     assert (folder / "state.pt").exists()
 
 
-@pytest.mark.parametrize("start", [b"\x80\x02", b""])
-@pytest.mark.parametrize("between", [b"", bytes([113, 200]), b"\x80\x02"])  # PUT twice, PROTO
-@pytest.mark.parametrize("name", ["data.pkl", "DATA.PKL"])
-def test_a_pickle_whose_hash_never_ends_is_refused(tmp_path, start, between, name):
-    # a tuple of the tuple before, twice: each doubles the time; with 40 instead of 20 it does not end
-    doubled = b"".join(bytes([104, i, 104, i, 0x86]) + between + bytes([113, i + 1]) for i in range(20))
-    with zipfile.ZipFile(tmp_path / "bomb.pt", "w") as file:
-        file.writestr(f"archive/{name}", start + b"K\x01\x85q\x00" + doubled + b"}h\x14K\x01s.")
-        file.writestr("archive/version", b"3\n")
-        file.writestr("archive/byteorder", b"little")
-    with pytest.raises(mu.UserError, match="nothing in it was run"):
-        mu.load_embedding(tmp_path / "bomb.pt")
-
-
 @pytest.mark.parametrize("width", [128, 384, 768])  # the number of numbers can look like the start of a pickle
 def test_files_of_pytorch_before_1_6_are_read(tmp_path, width):
     torch.save({"<kat>": torch.ones(width)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     assert mu.load_embedding(tmp_path / "old.bin").rows.shape == (1, width)
-
-
-@pytest.mark.parametrize("images", ["a\u0000b", "\ud800"])
-def test_names_that_no_file_can_have_are_a_sentence(learn, images, capsys):
-    folder = learn(steps=1)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"images": images}))
-    for main, argv in ((sample.main, ["--score", "--embedding", str(folder)]), (train.main, ["--resume", str(folder)])):
-        assert "config.json cannot be read" in sentence(main, argv, capsys)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_odd_tensors_are_no_embedding(tmp_path):
-    nested = torch.nested.nested_tensor([torch.ones(1, 32)] * 2)
-    for rows in (nested, torch.zeros(1, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)):
-        torch.save({"<kat>": rows}, tmp_path / "odd.pt")
-        with pytest.raises(mu.UserError, match="--embedding .*odd.pt"):
-            mu.load_embedding(tmp_path / "odd.pt")
 
 
 def test_a_folder_without_locks_can_be_used(tmp_path, monkeypatch):
@@ -299,7 +266,7 @@ def test_ctrl_c_during_a_write_leaves_nothing_half(tmp_path, monkeypatch):
 
 def test_captions_in_which_the_token_is_not_found_are_a_sentence(learn):
     Path("captions.txt").write_text("a photo of {}s\n")
-    with pytest.raises(mu.UserError, match="'kat' is no word of its own in the caption 'a photo of kats'"):
+    with pytest.raises(mu.UserError, match="'kat' is no separate word in the caption 'a photo of kats'"):
         learn("--templates", "captions.txt", "--placeholder_token", "kat")
 
 
@@ -322,33 +289,19 @@ def test_a_closed_output_is_no_error(monkeypatch):
     mu.run_main(lambda argv: print("done"), [], "")
 
 
-def test_a_working_folder_that_is_not_utf_8_is_a_sentence(tmp_path, monkeypatch, capsys):
+def test_a_working_folder_that_is_not_utf_8_can_be_used(learn, tmp_path, monkeypatch):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     monkeypatch.chdir(folder)
-    assert "is not UTF-8: rename the file or folder" in sentence(train.main, [], capsys)
+    learn(steps=1)
+    learn("--resume", steps=2)
+    sample.main(["--embedding", "run", "--num_images", "1", "--steps", "1"])
+    assert json.loads(Path("run/config.json").read_text())["steps"] == 2 and Path("run/samples/0000.png").exists()
 
 
-def test_odd_variables_of_torchrun_are_a_sentence(monkeypatch):
-    variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}
-    for name, value in variables.items():
+def test_variables_of_another_launcher_are_no_torchrun(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "abc"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(mu.UserError, match="cannot join the processes of RANK"):
-        mu.join_processes(torch.device("cpu"))
-
-
-def test_an_image_that_cannot_be_saved_leaves_no_empty_file(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(mu.UserError, match="0000.png .No space left"):
-        sample.save_next(Image.new("RGB", (4, 4)), tmp_path, "", {})
-    assert not list(tmp_path.iterdir())
-
-
-def test_world_size_alone_is_no_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
     assert mu.join_processes(torch.device("cpu")) == (0, 1)
 
 
@@ -410,16 +363,6 @@ def test_a_mask_that_is_a_fifo_is_never_opened(learn, image_folder, tmp_path):
         learn("--masks", str(tmp_path / "masks"))
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_a_model_whose_tokens_are_broken_is_a_sentence(learn, tiny_model, tmp_path, value):
-    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
-    text_encoder = mu.load_text_encoder(model, "cpu")
-    text_encoder.get_input_embeddings().weight.fill_(value)
-    text_encoder.save_pretrained(model / "text_encoder")
-    with pytest.raises(mu.UserError, match="--model .*token table is zero or not finite"):
-        learn("--model", str(model))
-
-
 def test_a_tokenizer_with_numbers_beyond_the_table_is_a_sentence(learn, tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
     path = model / "tokenizer" / "tokenizer.json"
@@ -427,23 +370,6 @@ def test_a_tokenizer_with_numbers_beyond_the_table_is_a_sentence(learn, tiny_mod
     content["model"]["vocab"]["cat</w>"] = 1_000_000
     path.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(mu.UserError, match="without a row in the text encoder's table"):
-        learn("--model", str(model))
-
-
-def test_a_tokenizer_without_padding_is_a_sentence(learn, tiny_model, tmp_path):
-    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
-    path = model / "tokenizer" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
-    with pytest.raises(mu.UserError, match="it lacks a token for start, end or padding"):
-        learn("--model", str(model))
-
-
-def test_a_tokenizer_that_panics_is_a_sentence(learn, tiny_model, tmp_path):
-    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
-    path = model / "tokenizer" / "tokenizer.json"
-    normalizer = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"normalizer": normalizer}))
-    with pytest.raises(mu.UserError, match="its part 'tokenizer' cannot be loaded"):
         learn("--model", str(model))
 
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import model_utils as mu
 import sample
 import train
-from data import load_images
+from data import load_training_images
 from mini_sd.eval import classifier
 from mini_sd.make import world
 
@@ -100,9 +100,9 @@ def measure(folder, num_images, with_references):
     """
     config = mu.read_config(folder)
     concept, learnable_property = config["placeholder_token"].strip("<>"), config["learnable_property"]
-    components = mu.load_components(MODEL, embeddings={str(folder): None})
+    components = mu.load_components(MODEL, embeddings=[(str(folder), None)])
     clip, network, found = sample.load_clip(MODEL), classifier.load_classifier(), {}
-    training_images = mu.to_pil(load_images(config["images"], config["resolution"]))
+    training_images = mu.to_pil(load_training_images(config["images"], config["resolution"])[0])
     held_out_images = [world.draw(world.concept_picture(concept, 100 + i)) for i in range(64)]
     (training, _), (held_out, _) = (sample.embed(clip, images, [""]) for images in (training_images, held_out_images))
     tokens = {"learned": config["placeholder_token"]}
