@@ -566,7 +566,7 @@ def initializer_ids(tokenizer, text):
 
 
 def initial_rows(tokenizer, table, text, num_vectors, seed):
-    """The rows [num_vectors, dim] that a token starts with: those of the initializer's tokens or embedding file.
+    """The rows [num_vectors, dim] that a token starts with, on the CPU: the initializer's tokens' or embedding file's.
 
     One vector starts as their mean; several take one each, and repeat them with a little noise if there are fewer.
     """

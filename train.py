@@ -243,7 +243,7 @@ def train(args):
     table = text_encoder.get_input_embeddings().weight  # [V, dim]
     vocabulary_rms = table.float().square().mean().sqrt().item()
     args.lr = args.lr or vocabulary_rms  # --recipe fast leaves it open
-    init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
+    init_rows = mu.initial_rows(tokenizer, table, args.initializer_token, args.num_vectors, args.seed).to(device)
     learned_rows = mu.install_learned_rows(text_encoder, token_ids, init_rows).learned_rows
     components = mu.Components(tokenizer, text_encoder, None, unet, schedule, placeholders)
     training = components._replace(unet=torch.compile(unet)) if args.compile else components
@@ -303,7 +303,7 @@ def train(args):
             row["loss_by_timestep"] = [part / n if n else None for part, n in zip(sums, counts, strict=True)]
             row |= {"lr": lr, "grad_norm": grad_norm.item(), "skipped_steps": run.step - int(run.moments["step"])}
             row |= {"embedding_norm": learned_rows.norm(dim=1).mean().item(), "vocabulary_norm": vocabulary_norm}
-            row["cosine_to_init"] = torch.cosine_similarity(learned_rows.cpu(), init_rows).mean().item()
+            row["cosine_to_init"] = torch.cosine_similarity(learned_rows, init_rows).mean().item()
             row["nearest"] = mu.nearest_tokens(tokenizer, table, learned_rows)
             run.log(row, bar)
             finished = finished or run.has_converged()
@@ -422,8 +422,8 @@ class Run:
 
     def save(self, last=True):
         """Write the checkpoint, then the embedding. UserError if the last save of a run fails, else a warning."""
-        token, base_model = self.args.placeholder_token, mu.name_of_model(self.args.model)
-        base_model = Path(base_model).name if Path(self.args.model).exists() else base_model  # no folders of one's own
+        token, model = self.args.placeholder_token, self.args.model
+        base_model = Path(model).resolve().name if Path(model).exists() else model  # no folders of one's own
         try:
             mu.atomic_write(self.folder / "state.pt", lambda buffer: torch.save(self.checkpoint(), buffer))
             for name in EMBEDDING_FILES if self.args.save_bin else EMBEDDING_FILES[:1]:

@@ -312,6 +312,6 @@ def test_errors_of_the_machine_are_a_sentence_and_defects_keep_their_traceback(l
 
 def test_early_stop_says_when_it_can_never_come(capsys):
     train.parse_options(["--early_stop", "--steps", "300", "--log_steps", "20"])
-    assert "needs more than 300 --steps" in capsys.readouterr().err
+    assert "needs over 300 --steps" in capsys.readouterr().err
     train.parse_options(["--early_stop", "--steps", "301", "--log_steps", "20"])
     assert not capsys.readouterr().err
