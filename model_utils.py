@@ -787,7 +787,7 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     if dim not in (None, shape[-1]):
         theirs, ours = (f"{width} ({FAMILIES.get(width, 'no common model')})" for width in (shape[-1], dim))
         raise UserError(f"{what} has rows of width {theirs}, the model wants {ours}; use another --model.")
-    rows = torch.atleast_2d(rows.detach().to(torch.float32, copy=True))  # [n, dim]
+    rows = torch.atleast_2d(rows.detach().float())  # [n, dim]
     if not rows.isfinite().all():
         raise UserError(f"{what} holds NaN or infinite numbers: its training failed; take another file.")
     return Embedding(token, rows, metadata)
