@@ -137,18 +137,19 @@ def load_training_images(folder, resolution, masks_folder=None):
     What cannot be read is named in one line on stderr. UserError if nothing can be read, a mask is missing, or nothing
     of an image counts.
     """
-    arrays, paths, unread = [], [], []
+    arrays, paths, reasons = [], [], {}
     for path in tqdm(list_images(folder), desc="reading images", delay=2, leave=False, disable=None):
         try:
             arrays.append(read_image(path, resolution))
             paths.append(path)
         except ValueError as error:
-            unread.append(f"{path.name!r} ({error})")
+            reasons.setdefault(str(error), []).append(repr(path.name))
+    what = ", ".join(f"{_first(names)} ({reason})" for reason, names in reasons.items())
     if not paths:
-        raise UserError(f"--images: no image in {str(folder)!r} can be read: {_first(unread)}; give other files.")
-    if unread:
-        count = f"{len(unread)} of {len(unread) + len(paths)} images"
-        print(f"skipped {count}, cannot be read: {_first(unread)}", file=sys.stderr)
+        raise UserError(f"--images: no image in {str(folder)!r} can be read: {what}; give other files.")
+    if reasons:
+        count = sum(map(len, reasons.values()))
+        print(f"skipped {count} of {count + len(paths)} images, cannot be read: {what}", file=sys.stderr)
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # [N, 4, R, R]
     images, masks = pixels[:, :3] / 127.5 - 1, pixels[:, 3:] / 255
     if masks_folder:
