@@ -225,11 +225,13 @@ class LatentCache(NamedTuple):
 def encode_dataset(vae, images, masks):
     """Encode images [N, 3, H, W] in [-1, 1] and their mirror images once, with masks [N, 1, H, W] -> LatentCache.
 
-    A VAE is not symmetric: the images are mirrored, not their latents.
+    A VAE is not symmetric: the images are mirrored, not their latents. UserError if it overflows.
     """
     bar = tqdm(images, desc="encoding images", delay=2, leave=False, disable=None)
     moments = [encode_images(vae, torch.stack([image, image.flip(-1)]), 1) for image in bar]  # N pairs of [2, 4, h, w]
     mean, std = (torch.stack(part) for part in zip(*moments, strict=True))  # [N, 2, 4, h, w]
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise UserError("--model: its VAE makes latents of these images that are not finite; take another checkpoint.")
     masks = F.interpolate(masks, mean.shape[-2:], mode="area")  # [N, 1, h, w]
     return LatentCache(mean, std, torch.stack([masks, masks.flip(-1)], dim=1))
 

@@ -69,8 +69,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, argv):
-        """Like argparse, with one line for an unknown option. UnicodeEncodeError if a word is not UTF-8."""
-        for word in argv:
+        """Like argparse, with one line for an unknown option. UnicodeEncodeError if a name is not UTF-8."""
+        for word in [*argv, os.getcwd()]:
             word.encode()
         args, unknown = self.parse_known_args(argv)
         if unknown:
@@ -319,6 +319,8 @@ def load_tokenizer(model, revision=None):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(str(model), **options)
         if len(tokenizer) < 4:  # from an empty folder transformers makes one of the special tokens alone
             raise ValueError("no vocabulary")
+        if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            raise ValueError("it lacks a token for start, end or padding")
         if max(tokenizer.get_vocab().values()) >= config.get("vocab_size", len(tokenizer), int, 1, 10**9):
             raise ValueError("it has tokens without a row in the text encoder's table")
     tokenizer.model_max_length = config.get("max_position_embeddings", 77, int, 3, 10_000)  # not what its own file says
@@ -342,7 +344,8 @@ def load_vae(model, device, dtype=torch.float32, revision=None, variant=None):
 def load_unet(model, device, dtype=torch.float32, revision=None, variant=None):
     """UNet2DConditionModel, frozen. UserError if it needs more than latents and one text encoder (SDXL, inpainting)."""
     unet = _load_frozen(diffusers.UNet2DConditionModel, "unet", model, device, dtype, revision, variant)
-    if unet.config.in_channels != unet.config.out_channels or unet.config.addition_embed_type:
+    extra_inputs = unet.config.addition_embed_type or unet.config.class_embed_type
+    if unet.config.in_channels != unet.config.out_channels or extra_inputs:
         raise UserError(f"--model {model} is no plain text-to-image model; take a Stable Diffusion 1 or 2 checkpoint.")
     # channels_last: the same numbers in another order, with which convolutions are faster
     return unet if unet.device.type == "mps" else unet.to(memory_format=torch.channels_last)
@@ -419,7 +422,9 @@ def _other_layout(path, filename):
 
 def check_parts(model, text_encoder, unet, latent_channels):
     """UserError if a text encoder, UNet and VAE of different models are together."""
-    if (unet.config.cross_attention_dim, unet.config.in_channels) != (text_encoder.config.hidden_size, latent_channels):
+    widths = unet.config.cross_attention_dim
+    widths = set(widths) if isinstance(widths, (list, tuple)) else {widths}
+    if widths != {text_encoder.config.hidden_size} or unet.config.in_channels != latent_channels:
         raise UserError(f"--model {model}: its parts do not fit: they are of different models; take another.")
 
 
@@ -512,7 +517,7 @@ def load_schedule(model, revision=None):
     settings = Settings(_fetch("--model", model, "scheduler/scheduler_config.json", revision))
     odd = [name for name, values in SAMPLER_SETTINGS.items() if settings.entries.get(name, values[0]) not in values]
     if odd:
-        print(f"note: {settings.path}: {', '.join(odd)} not written out, images will differ", file=sys.stderr)
+        print(f"note: {settings.path}: {', '.join(odd)} ignored: images differ from diffusers'", file=sys.stderr)
     settings.get("trained_betas", None, [None])
     timesteps = settings.get("num_train_timesteps", 1000, int, 2, 10_000)
     start = settings.get("beta_start", 1e-4, float, 1e-6, 0.999)
@@ -525,6 +530,8 @@ def load_schedule(model, revision=None):
     if settings.get("rescale_betas_zero_snr", False, bool):  # Lin et al. 2023, algorithm 1: T is pure noise
         root = alphas_cumprod.sqrt()
         alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    if alphas_cumprod[-2] < 2**-24:  # samplers divide by the steps of its logarithm
+        raise UserError(f"{settings.path}: its betas turn too many timesteps into pure noise; take another checkpoint.")
     prediction_type = settings.get("prediction_type", "epsilon", ["epsilon", "v_prediction"])
     spacing = settings.get("timestep_spacing", None, ["leading", "linspace", "trailing", None])
     return NoiseSchedule(alphas_cumprod, prediction_type, spacing, settings.get("set_alpha_to_one", True, bool))
@@ -601,7 +608,7 @@ def tokenize(tokenizer, prompts, placeholders=None):
         cut = body[length - 2 :]
         lost = [token_of[i] for i in cut if i in token_of]
         if lost:
-            raise UserError(f"the prompt {prompt!r} is too long for {lost[0]!r}: use fewer words or --num_vectors.")
+            raise UserError(f"the prompt {prompt!r} is too long for {lost[0]!r}: fewer words or --num_vectors fit.")
         if cut:
             print(f"note: a prompt can have {length - 2} tokens; cut off: {tokenizer.decode(cut)!r}", file=sys.stderr)
         row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]

@@ -247,13 +247,13 @@ def load_clip(model, score_model=None, device="cpu"):
     name = score_model or (str(Path(model, "clip")) if Path(model, "clip").is_dir() else DEFAULT_SCORE_MODEL)
     try:
         processor = CLIPImageProcessorPil.from_pretrained(name)
-        processor(Image.new("RGB", (8, 8)))  # wrong settings fail here
-        clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval().to(device)
+        clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval()
+        clip.get_image_features(**processor(Image.new("RGB", (8, 8)), return_tensors="pt"))  # wrong settings fail here
         in_a_model = Path(name).with_name("tokenizer").is_dir()
         tokenizer = mu.load_tokenizer(Path(name).parent) if in_a_model else CLIPTokenizer.from_pretrained(name)
     except Exception as error:
         raise UserError(f"--score_model {name} cannot be loaded ({mu.reason(error)}); name another CLIP.") from error
-    return Clip(clip, tokenizer, processor, name)
+    return Clip(clip.to(device), tokenizer, processor, name)
 
 
 @torch.no_grad()
@@ -455,7 +455,12 @@ def save_next(image, folder, stem, settings):
         path = folder / (f"{stem}{i + 1 if i else ''}.png" if stem else f"{i:04d}.png")
         with suppress(FileExistsError):
             path.touch(exist_ok=False)  # taken: another process that generates here skips it
-            return save_png(image, path, settings)
+            break
+    try:
+        save_png(image, path, settings)
+    except BaseException:
+        path.unlink()  # nothing of 0 bytes stays
+        raise
 
 
 def main(argv=None):

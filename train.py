@@ -16,7 +16,6 @@ if __name__ == "__main__":  # until training begins, also during the imports, Ct
 
 import argparse
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -313,7 +312,7 @@ def train(args):
             if rank == 0 and (is_save_step or finished or broken):
                 run.save(last=finished or broken)
             if broken:
-                raise UserError(f"--lr {args.lr}: {MAX_BAD_STEPS} gradients in a row not finite; lower it, or fp32.")
+                raise UserError(f"{MAX_BAD_STEPS} gradients in a row not finite: try --precision fp32 or a lower --lr.")
 
     # 4. How well it went
     if torch.distributed.is_initialized():
@@ -351,7 +350,7 @@ class Run:
     def __init__(self, args, dataset, model_fingerprint, learned_rows, optimizer, scaler, rank):
         self.args, self.dataset, self.model_fingerprint, self.rank = args, dataset, model_fingerprint, rank
         self.learned_rows, self.scaler = learned_rows, scaler
-        self.step, self.log_rows, self.previews, self.tensorboard = 0, [], {}, None
+        self.step, self.log_rows, self.unwritten, self.previews, self.tensorboard = 0, [], "", {}, None
         # AdamW makes its moments at the first step; made here, a checkpoint has the same form from the start
         self.moments = {name: torch.zeros_like(learned_rows) for name in ("exp_avg", "exp_avg_sq")}
         self.moments["step"] = torch.zeros((), device=learned_rows.device)  # steps that were not skipped
@@ -374,7 +373,8 @@ class Run:
         config |= paths | {"model": mu.name_of_model(args.model)}  # absolute: the run can be resumed from any folder
         text = json.dumps(config, indent=1).encode()
         mu.atomic_write(self.folder / "config.json", lambda buffer: buffer.write(text))
-        self.write_log()
+        lines = "".join(json.dumps(row) + "\n" for row in self.log_rows)
+        mu.atomic_write(self.folder / "log.jsonl", lambda buffer: buffer.write(lines.encode()))
         if resumed:
             self.save()  # a kill can have come between the checkpoint and the embedding
         if args.tensorboard:
@@ -400,8 +400,8 @@ class Run:
             raise UserError(f"--resume: {path} is damaged or of another model or version; start anew: --overwrite.")
         for name, what in {"images": "images, masks or captions", "model": "weights", "token": "tokens"}.items():
             if state[name] != own[name]:
-                same = "name the same with --images, --masks, --templates, --model"
-                raise UserError(f"--resume: {self.folder} began with other {what}; {same}.")
+                same = "name the same (--images, --masks, --templates, --model), or start another run"
+                raise UserError(f"--resume: {path} is of a run with other {what}; {same}.")
         for name, value in own.items():
             if isinstance(value, torch.Tensor):
                 value.copy_(state[name])
@@ -433,10 +433,6 @@ class Run:
                 raise
             print(f"warning: step {self.step} is not saved, a later one will be ({error})", file=sys.stderr)
 
-    def write_log(self):
-        lines = "".join(json.dumps(row) + "\n" for row in self.log_rows).encode()
-        mu.atomic_write(self.folder / "log.jsonl", lambda buffer: buffer.write(lines))
-
     def log(self, row, bar):
         """Add a line to log.jsonl; NaN and infinite numbers become null. Without a terminal the line is printed too."""
         text = ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", "eval_loss", "embedding_norm"))
@@ -444,10 +440,13 @@ class Run:
         self.log_rows.append(row)
         if self.rank > 0:
             return
+        self.unwritten += json.dumps(row) + "\n"
         try:
-            self.write_log()
-        except UserError as error:  # the next line will bring this one
-            print(f"warning: {error}", file=sys.stderr)
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            print(f"warning: cannot write log.jsonl yet ({error.strerror})", file=sys.stderr)
         for name, value in row.items() if self.tensorboard else ():
             if isinstance(value, float):
                 self.tensorboard.add_scalar(name, value, self.step)
@@ -538,10 +537,11 @@ NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf
 --adam_beta2 --adam_weight_decay --adam_epsilon --checkpoints_total_limit --validation_epochs --local_rank
 --lr_num_cycles""".split()
 
+MAX_STEPS = 10**6
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
 RATE, SCHEDULES = mu.number(float, 1e-12, 1e6), ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
-STEPS, IMAGES = mu.number(int, 1, 10**6), mu.number(int, 1, 4096)
+STEPS, IMAGES = mu.number(int, 1, MAX_STEPS), mu.number(int, 1, 4096)
 
 
 def initializer(text):
@@ -559,7 +559,7 @@ def build_parser():
     add("--variant", help="variant of the weight files, such as fp16")
     add("--images", "--train_data_dir", type=mu.path, help="folder of 3 to 9 images, or one image (default: the kat)")
     add("--masks", type=mu.path, help="folder of masks named as the images; black and transparent parts do not count")
-    add("--templates", type=mu.path, help="file of captions with {} for the token (default: NAME.txt beside NAME.jpg)")
+    add("--templates", type=mu.path, help="file of captions with {} for the token (default: built in, or NAME.txt)")
     add("--placeholder_token", default="<kat>", help="the new token")
     add("--initializer_token", type=initializer, help="word or embedding file that it starts as (default: cat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
@@ -633,14 +633,19 @@ def parse_options(argv):
     if epochs:
         examples = len(data.list_images(args.images)) * args.repeats
         args.steps = epochs * math.ceil(examples / (args.batch_size * args.grad_accum))
+        if args.steps > MAX_STEPS:
+            raise UserError(f"--num_train_epochs {epochs}: that is {args.steps} steps; take at most {MAX_STEPS}.")
     args.tensorboard |= args.report_to == "tensorboard"
     no_effect = [name for name in (word.split("=")[0] for word in argv) if name in NO_EFFECT]
     if args.report_to not in ("none", "tensorboard"):
         no_effect.append(f"--report_to {args.report_to}")
     if no_effect:
         print(mu.printable(f"note: without effect here: {', '.join(no_effect)}"), file=sys.stderr)
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.")
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError("--tensorboard is not installed: pip install tensorboard, or leave it out.") from error
     if args.early_stop and args.steps <= 15 * args.log_steps:
         print(f"note: --early_stop needs over {15 * args.log_steps} --steps here: see --log_steps", file=sys.stderr)
     return args

@@ -216,7 +216,7 @@ def test_a_run_does_not_resume_with_another_model(learn, copied, refused, part, 
     state[name] = state[name] + 0.01
     save_file(state, path, {"format": "pt"})
     sentence = refused(["--resume", "--output_dir", str(folder), "--model", str(copied), "--steps", "4"])
-    assert "began with other weights" in sentence and "--model" in sentence and read_state(folder)["step"] == 2
+    assert "of a run with other weights" in sentence and "--model" in sentence and read_state(folder)["step"] == 2
 
 
 # --- A token that the checkpoint knows already ------------------------------------------------------------------------

@@ -393,6 +393,15 @@ def test_images_and_captions_are_sampled_without_replacement(batch_size):
         assert (total - expected).abs().max() < 5 * (expected * (1 - 1 / count)) ** 0.5
 
 
+@pytest.mark.parametrize("overflowing", ["mean", "std"])
+def test_a_vae_that_overflows_is_a_user_error(monkeypatch, overflowing):
+    moments = {"mean": torch.zeros(2, 4, 2, 2), "std": torch.ones(2, 4, 2, 2)}
+    moments[overflowing][1, 0, 0, 0] = torch.inf
+    monkeypatch.setattr(data, "encode_images", lambda vae, images, batch: tuple(moments.values()))
+    with pytest.raises(mu.UserError, match="--model.*not finite"):
+        data.encode_dataset(None, torch.zeros(2, 3, 8, 8), torch.ones(2, 1, 8, 8))
+
+
 def test_latents_are_fresh_samples_of_the_posterior_independent_of_the_noise():
     count = 20_000
     latents, noise, _ = draw_examples(count, generator(3))

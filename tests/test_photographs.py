@@ -465,7 +465,7 @@ def test_resume_goes_on_with_moved_files_and_refuses_changed_ones(learn, tmp_pat
     config = json.loads(Path("run", "config.json").read_text())
     assert not option or Path(config[option[0][2:]]).is_absolute()
     write(tmp_path / name, contents[1])
-    with pytest.raises(UserError, match="began with other images, masks or captions"):
+    with pytest.raises(UserError, match="of a run with other images, masks or captions"):
         train.train(train.parse_options(resume))
     write(tmp_path / name, contents[0])
     if option:

@@ -112,6 +112,8 @@ def test_epochs_are_steps(image_folder):
     assert options_of(command).steps == 2 * 19  # 3 images, 100 times an epoch, 16 a step
     assert options_of(command + " --repeats 10").steps == 4
     assert options_of(command + " --max_train_steps 7").steps == 7
+    with pytest.raises(mu.UserError, match="--num_train_epochs 2: that is 150000000 steps"):
+        options_of(command + " --repeats 400000000")
 
 
 @pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"])

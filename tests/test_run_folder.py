@@ -109,12 +109,11 @@ def test_tensorboard_gets_what_is_logged(learn, monkeypatch):
         closed = lambda: written.append("closed")  # noqa: E731
         return types.SimpleNamespace(add_scalar=lambda *point: written.append(point), close=closed)
 
-    monkeypatch.setitem(sys.modules, "tensorboard", sys)  # as if it were installed
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
     learn("--tensorboard", "--log_steps", "2", steps=4)
     assert {point[0] for point in written[:-1]} >= {"loss", "eval_loss", "lr", "grad_norm", "embedding_norm"}
     assert {point[2] for point in written[:-1]} == {2, 4} and written[-1] == "closed"
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(mu.UserError, match="--tensorboard is not installed"):
         learn("--tensorboard", out="other")
 

@@ -135,6 +135,11 @@ def test_a_damaged_file_is_named(file, change):
         assert file in str(caught.value) and named in str(caught.value)
 
 
+def test_betas_that_leave_only_noise_are_refused(change):
+    with pytest.raises(mu.UserError, match="scheduler_config.json: its betas turn too many timesteps into pure noise"):
+        mu.load_schedule(change(SCHEDULE, {"beta_end": 0.9}))
+
+
 @pytest.mark.parametrize("new", ["", "{", "[]", {"image_mean": None}, {"image_std": [0.5, 0.5]}, {"size": "x"}])
 def test_damaged_settings_of_the_clip_that_scores_are_a_sentence(new, change, folder, capsys):
     change(CLIP, new)
@@ -146,7 +151,7 @@ def test_damaged_settings_of_the_clip_that_scores_are_a_sentence(new, change, fo
 def test_settings_of_other_samplers_are_noted_and_do_not_stop_a_run(name, value, change, capsys):
     mu.load_schedule(change(SCHEDULE, {name: value}))
     (note,) = capsys.readouterr().err.splitlines()
-    assert note.startswith("note: ") and f"{SCHEDULE}: {name} not written out" in note
+    assert note.startswith("note: ") and f"{SCHEDULE}: {name} ignored" in note
 
 
 DEIS = {"algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2, "use_karras_sigmas": False}

@@ -124,7 +124,7 @@ def test_the_checkpoint_of_another_run_is_refused(learn, capsys):
     learn("--placeholder_token", "<pup>", out="other")
     folder = learn()
     (folder / "state.pt").write_bytes(Path("other/state.pt").read_bytes())
-    assert "began with other tokens" in sentence(train.main, ["--resume", str(folder)], capsys)
+    assert "of a run with other tokens" in sentence(train.main, ["--resume", str(folder)], capsys)
 
 
 # --- Odd files --------------------------------------------------------------------------------------------------------
@@ -289,20 +289,35 @@ def test_a_closed_output_is_no_error(monkeypatch):
     mu.run_main(lambda argv: print("done"), [], "")
 
 
-def test_a_working_folder_that_is_not_utf_8_can_be_used(learn, tmp_path, monkeypatch):
+def test_a_working_folder_that_is_not_utf_8_is_a_sentence(tmp_path, monkeypatch, capsys):
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     monkeypatch.chdir(folder)
-    learn(steps=1)
-    learn("--resume", steps=2)
-    sample.main(["--embedding", "run", "--num_images", "1", "--steps", "1"])
-    assert json.loads(Path("run/config.json").read_text())["steps"] == 2 and Path("run/samples/0000.png").exists()
+    assert "is not UTF-8: rename the file or folder" in sentence(train.main, [], capsys)
 
 
 def test_variables_of_another_launcher_are_no_torchrun(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "abc"}.items():
         monkeypatch.setenv(name, value)
     assert mu.join_processes(torch.device("cpu")) == (0, 1)
+
+
+def test_an_image_that_cannot_be_saved_leaves_no_empty_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(mu.UserError, match="0000.png .No space left"):
+        sample.save_next(Image.new("RGB", (4, 4)), tmp_path, "", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_without_padding_is_a_sentence(learn, tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+    path = model / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
+    with pytest.raises(mu.UserError, match="it lacks a token for start, end or padding"):
+        learn("--model", str(model))
 
 
 def test_help_in_a_config_is_ignored(learn):
@@ -395,12 +410,12 @@ def test_parts_that_do_not_fit_each_other_are_a_sentence(learn, tiny_model, tmp_
 
 
 def test_out_of_memory_is_no_bad_checkpoint(learn, tiny_model, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("MPS backend out of memory")
 
     with torch.no_grad():  # as a notebook may have set it
         mu.load_components(tiny_model)
-    monkeypatch.setattr(mu, "encode_tokens", fail)
+    monkeypatch.setattr(mu.transformers.CLIPTextModel, "from_pretrained", fail)
     assert "error: out of memory" in sentence(sample.main, ["--model", tiny_model, "--prompt", "a cat"], capsys)
 
 
