@@ -580,10 +580,12 @@ def initial_rows(tokenizer, table, text, num_vectors, seed):
     token_ids = initializer_ids(tokenizer, text)
     if any(i >= len(table) for i in token_ids):
         raise UserError(f"--initializer_token {text!r} holds the new token itself; choose a word such as cat.")
-    if not token_ids and not Path(text).exists():  # never from the Hub: a stranger's run may name it
+    if token_ids:
+        rows = table[token_ids].float().cpu()
+    elif Path(text).exists():  # never from the Hub: a stranger's run may name it
+        rows = load_embedding(text, "<initializer>", table.shape[1], "--initializer_token").rows
+    else:
         raise UserError(f"--initializer_token {text}: no such file (was it moved?); name an embedding file or a word.")
-    file = None if token_ids else load_embedding(text, "<initializer>", table.shape[1], "--initializer_token")
-    rows = table[token_ids].float().cpu() if token_ids else file.rows
     if num_vectors == 1:
         return rows.mean(dim=0, keepdim=True)
     noise = torch.randn(num_vectors, table.shape[1], generator=torch.Generator().manual_seed(seed)) * rows.std()

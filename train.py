@@ -540,8 +540,8 @@ NO_EFFECT = """--center_crop --push_to_hub --hub_token --hub_model_id --allow_tf
 MAX_STEPS = 10**6
 FLAG = argparse.BooleanOptionalAction  # --flag and --no-flag: a resumed run can switch it off again
 COUNT, COUNT_OR_ZERO = mu.number(int, 1, 2**31 - 1), mu.number(int, 0, 2**31 - 1)
-RATE, SCHEDULES = mu.number(float, 1e-12, 1e6), ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
-STEPS, IMAGES = mu.number(int, 1, MAX_STEPS), mu.number(int, 1, 4096)
+STEPS, IMAGES, RATE = mu.number(int, 1, MAX_STEPS), mu.number(int, 1, 4096), mu.number(float, 1e-12, 1e6)
+SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "polynomial"]
 
 
 def initializer(text):
@@ -579,7 +579,7 @@ def build_parser():
     add("--seed", type=mu.number(int, 0, 2**63 - 1), default=0, help="random seed")
     add = parser.add_argument_group("hardware").add_argument
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to train on")
-    add("--precision", "--mixed_precision", choices=mu.PRECISIONS, default="auto", help="of the frozen weights")
+    add("--precision", "--mixed_precision", choices=mu.PRECISIONS, default="auto", help="precision of the weights")
     add("--gradient_checkpointing", action=FLAG, default=False, help="save memory, with a slower backward pass")
     add("--compile", action=FLAG, default=False, help="compile the UNet: minutes for the first step, then faster ones")
     output = parser.add_argument_group("output")

@@ -325,7 +325,7 @@ def test_a_folder_without_images_is_a_user_error(tmp_path, content, expected):
         for name, data_of_file in content.items():
             (folder / name).write_bytes(data_of_file)
     with pytest.raises(mu.UserError) as caught:
-        data.load_training_images(folder, 16)[0]
+        data.load_training_images(folder, 16)
     sentence = str(caught.value)
     assert sentence.startswith("--images") and str(folder) in sentence and "\n" not in sentence
     assert all(part in sentence for part in expected)

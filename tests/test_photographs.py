@@ -210,7 +210,7 @@ def test_heic_is_skipped_with_the_number_and_two_remedies(tmp_path, without_pill
 def test_a_folder_of_heic_alone_is_a_user_error_with_two_remedies(tmp_path, without_pillow_heif, name):
     write(tmp_path / name, HEIC)
     with pytest.raises(UserError, match=rf"^--images.*'{name}' \(HEIC: pip install pillow-heif, or export as JPEG"):
-        data.load_training_images(tmp_path, 16)[0]
+        data.load_training_images(tmp_path, 16)
 
 
 @pytest.mark.parametrize("name", ["a.heic", "a.HIF", "a.jpg"])
