@@ -1,5 +1,6 @@
 """The frozen model, the noise schedule and the new token, compared with diffusers and the classical method."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -166,11 +167,20 @@ def test_missing_weights_are_not_made_up(part, model):
         LOADERS[part](model)
 
 
-def test_an_inpainting_unet_is_refused(tiny_model, tmp_path):
+@pytest.mark.parametrize("other", [{"in_channels": 9}, {"class_embed_type": "timestep"}])
+def test_a_unet_with_other_inputs_is_refused(other, tiny_model, tmp_path):
     unet = LOADERS["unet"](tiny_model)
-    type(unet).from_config(dict(unet.config) | {"in_channels": 9}).save_pretrained(tmp_path / "unet")
+    type(unet).from_config(dict(unet.config) | other).save_pretrained(tmp_path / "unet")
     with pytest.raises(UserError, match="Stable Diffusion 1 or 2"):
         LOADERS["unet"](tmp_path)
+
+
+@pytest.mark.parametrize("widths, fits", [(32, True), ([32, 32], True), (48, False), ([32, 48], False)])
+def test_parts_fit_if_every_block_has_the_width_of_the_text_encoder(widths, fits, tiny_model):
+    unet, text_encoder = LOADERS["unet"](tiny_model), LOADERS["text_encoder"](tiny_model)
+    unet.register_to_config(cross_attention_dim=widths)
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="its parts do not fit"):
+        mu.check_parts(tiny_model, text_encoder, unet, 4)
 
 
 def test_the_length_of_a_prompt_is_what_the_text_encoder_reads(model):
