@@ -1,26 +1,19 @@
 """Generate images with a learned token: samplers, guidance, grids, CLIP scores.
 
-python sample.py                        # what train.py has just learned
+python sample.py                        # with what train.py has just learned
 python sample.py --embedding runs/kat --embedding runs/pup --prompt "a <kat> and a <pup> on the moon"
 python sample.py --model mini_sd --prompt "a cat"       # the model alone, to compare with
-python sample.py --embedding runs/kat --export kat.pt   # for A1111, ComfyUI and InvokeAI
 python sample.py --score                # how well was the token learned?
 """
 
-import signal
-import sys
-
-if __name__ == "__main__":  # also during the imports Ctrl-C ends the program quietly
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-
+import io
 import itertools
 import json
 import math
-import re
+import sys
 import textwrap
-from contextlib import suppress
+import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +23,7 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 import model_utils as mu
-from data import load_training_images
+from data import load_images
 from model_utils import UserError
 
 # --- Samplers ---------------------------------------------------------------------------------------------------------
@@ -149,19 +142,18 @@ def generate(
 
     Each starts from torch.randn((1, C, h, w)) of a CPU generator with its seed and takes all later noise from it, so
     that no image depends on the batch it is in. height, width: pixels (default: the model's own; UserError if they do
-    not fit it). The VAE may wait on another device: it is moved only to decode.
+    not divide).
     """
-    unet, vae, device, factor = components.unet, components.vae, components.unet.device, mu.vae_factor(components.vae)
-    native_height, native_width = mu.native_size(unet.config, vae)
-    height, width = height or native_height, width or native_width
+    unet, device, factor = components.unet, components.device, components.pixels_per_latent
+    height, width = height or components.resolution, width or components.resolution
     if height % factor or width % factor:
         raise UserError(f"--height {height}, --width {width}: this model needs multiples of {factor} pixels.")
     shape = (1, unet.config.in_channels, height // factor, width // factor)
 
     distinct = list(dict.fromkeys([negative_prompt, *prompts]))  # each is encoded once
-    token_ids = mu.tokenize(components.tokenizer, distinct, components.placeholders)
-    encoded = mu.encode_tokens(components.text_encoder, token_ids).to(device)
-    embeddings = dict(zip(distinct, encoded, strict=True))
+    token_ids = mu.tokenize(components, distinct).to(device)
+    encoded = components.text_encoder(token_ids).last_hidden_state
+    embeddings = dict(zip(distinct, encoded, strict=True))  # {prompt: [L, dim]}
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     with tqdm(total=len(batches) * steps, desc="generating", unit="step", disable=None if progress else True) as bar:
         for batch in batches:
@@ -171,19 +163,27 @@ def generate(
             noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
             settings = (steps, guidance, sampler, generators, bar.update)
             latents = sample_latents(unet, components.schedule, text, negative, noise, *settings)
-            home = vae.device
-            images = mu.decode_latents(vae.to(device), latents)
-            vae.to(home)
-            yield from mu.to_pil(images)
+            yield from mu.decode_latents(components, latents)
+
+
+def sampling_settings(model, given):
+    """Settings of `generate`: as given (unless None), else as the model's folder advises, else as usual."""
+    usual = {"sampler": "dpm++", "steps": 25, "guidance": 7.5, "negative_prompt": "", "batch_size": 4}
+    advice = mu.read_json(Path(model, "model_index.json")).get("_sampling", {})
+    names = [*usual, "height", "width"]
+    return usual | advice | {name: given[name] for name in names if given.get(name) is not None}
+
+
+# --- Grids, curves and PNG files --------------------------------------------------------------------------------------
 
 
 def image_grid(images, columns, captions=()):
-    """PIL images of one size -> one sheet, row by row. captions: a line of text above each row, "" for none."""
+    """PIL images of one size -> one sheet, row by row. captions: the text above each row, or none at all."""
     width, height = images[0].size
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     sheet_width = columns * (width + 2)
-    texts = [*captions, *[""] * len(rows)][: len(rows)]
-    wrapped = [textwrap.wrap(text, max(10, sheet_width // 6)) for text in texts]  # a letter is 6 pixels wide
+    wrapped = [textwrap.wrap(caption, max(10, sheet_width // 6)) for caption in captions]  # a letter is 6 pixels wide
+    wrapped += [[]] * (len(rows) - len(wrapped))
     sheet = Image.new("RGB", (sheet_width, sum(height + 2 + 14 * len(lines) for lines in wrapped)), "white")
     y = 0
     for row, lines in zip(rows, wrapped, strict=True):
@@ -197,11 +197,11 @@ def image_grid(images, columns, captions=()):
 
 
 def plot_curves(panels, path, width=480, height=160):
-    """Write line plots, one below the other, as PNG. panels: {title: [(x, y), ...]}; a y of None is left out."""
+    """Write line plots, one below the other, as PNG. panels: {title: [(x, y), ...]}."""
     sheet = Image.new("RGB", (width, height * len(panels)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (title, points) in enumerate(panels.items()):
-        xs, ys = np.array([point for point in points if point[1] is not None] or [(0, 0)]).T
+        xs, ys = np.array(points).T
         label = f"{title}: {ys[0]:.4g} at step {xs[0]:g}, {ys[-1]:.4g} at step {xs[-1]:g} (lowest {ys.min():.4g})"
         pen.text((10, i * height + 6), label, fill="black")
         xs = 10 + (width - 20) * (xs - xs.min()) / (np.ptp(xs) or 1)
@@ -212,10 +212,16 @@ def plot_curves(panels, path, width=480, height=160):
 
 def save_png(image, path, settings):
     """Write a PIL image with the dict `settings` in its text chunks (read back by PIL.Image.open(path).text)."""
-    chunks = PngInfo()
+    chunks, buffer = PngInfo(), io.BytesIO()
     for key, value in settings.items():
         chunks.add_text(key, str(value))
-    mu.atomic_write(path, lambda buffer: image.save(buffer, format="PNG", pnginfo=chunks))
+    image.save(buffer, format="PNG", pnginfo=chunks)
+    mu.write_whole(path, buffer.getvalue())
+
+
+def next_free(folder, names):
+    """The first of the names that no file in the folder has."""
+    return next(path for path in (Path(folder, name) for name in names) if not path.exists())
 
 
 # --- CLIP scores ------------------------------------------------------------------------------------------------------
@@ -233,48 +239,37 @@ EDITING_PROMPTS = {
 }
 
 
-class Clip(NamedTuple):
-    """The CLIP that scores."""
-
-    model: CLIPModel
-    tokenizer: CLIPTokenizer
-    processor: CLIPImageProcessorPil
-    name: str
-
-
 def load_clip(model, score_model=None, device="cpu"):
-    """Clip of `score_model` (folder or Hub id); by default the model's own folder `clip`, else OpenAI's ViT-B/32."""
-    name = score_model or (str(Path(model, "clip")) if Path(model, "clip").is_dir() else DEFAULT_SCORE_MODEL)
+    """-> CLIP, tokenizer, image processor of `score_model` (folder or Hub id), by default of the model's own clip/."""
+    own = Path(model, "clip")
+    name = score_model or (str(own) if own.is_dir() else DEFAULT_SCORE_MODEL)
     try:
-        processor = CLIPImageProcessorPil.from_pretrained(name)
-        clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval()
-        clip.get_image_features(**processor(Image.new("RGB", (8, 8)), return_tensors="pt"))  # wrong settings fail here
-        in_a_model = Path(name).with_name("tokenizer").is_dir()
-        tokenizer = mu.load_tokenizer(Path(name).parent) if in_a_model else CLIPTokenizer.from_pretrained(name)
+        clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval().to(device)
+        in_model = Path(name).resolve() == own.resolve()
+        tokenizer = CLIPTokenizer.from_pretrained(Path(model, "tokenizer") if in_model else name)
+        return clip, tokenizer, CLIPImageProcessorPil.from_pretrained(name)
     except Exception as error:
         raise UserError(f"--score_model {name} cannot be loaded ({mu.reason(error)}); name another CLIP.") from error
-    return Clip(clip.to(device), tokenizer, processor, name)
 
 
 @torch.no_grad()
 def embed(clip, images, prompts):
-    """CLIP embeddings of norm 1, on the CPU: of PIL images [N, dim], of prompts [P, dim]."""
-    pixels = clip.processor(images, return_tensors="pt").pixel_values  # [N, 3, S, S]
-    length = clip.model.config.text_config.max_position_embeddings
-    tokens = clip.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    output = clip.model(tokens.input_ids.to(clip.model.device), pixels.to(clip.model.device))
+    """CLIP embeddings of norm 1, on the CPU: of PIL images [N, dim], of prompts [P, dim]. clip: from load_clip."""
+    model, tokenizer, processor = clip
+    pixels = processor(images, return_tensors="pt").pixel_values  # [N, 3, S, S]
+    length = model.config.text_config.max_position_embeddings
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    output = model(tokens.input_ids.to(model.device), pixels.to(model.device))
     return output.image_embeds.cpu(), output.text_embeds.cpu()
 
 
-def score_embedding(
-    components, clip, training_images, tokens, learnable_property="object", num_images=64, seed=0,
-    callback=lambda token, images: None, **generation,
-):  # fmt: skip
-    """Generate with each of `tokens` and measure; returns what scores.json holds.
+def score_tokens(
+    components, clip, training_images, tokens, learnable_property="object", num_images=64, seed=0, **generation
+):
+    """Generate with each of `tokens` (the initializer, to compare with, and the learned one) -> {token: scores}.
 
-    tokens: the initializer token, to compare with, and the learned one. training_images: PIL. `num_images` of
-    PHOTO_PROMPT give CLIP-I; as many, spread over EDITING_PROMPTS, give CLIP-T. generation: options of `generate`.
-    callback(token, images): gets all images of each token.
+    training_images: PIL. `num_images` of PHOTO_PROMPT give CLIP-I; as many, spread over EDITING_PROMPTS, give CLIP-T;
+    both as mean and standard error. generation: options of `generate`.
     """
     edits = EDITING_PROMPTS[learnable_property]
     num_images, per_edit = max(2, num_images), max(2, num_images // len(edits))
@@ -282,190 +277,134 @@ def score_embedding(
     seeds = range(seed, seed + len(prompts))  # the same for each token
     without_token = [" ".join(edit.replace("{}", "").split()) for edit in edits]
     known, targets = embed(clip, training_images, without_token)  # [N, dim], [P, dim]
-    pairs = known @ known.T  # the training images with each other, for comparison
-    with_each_other = (pairs.sum() - pairs.trace()).item() / max(1, pairs.numel() - len(pairs))
-    scores = {"clip": clip.name, "num_images": num_images, "seed": seed, **generation}
-    scores |= {"training_images": with_each_other, "tokens": {}}
+    scores = {}
     for token in tokens:
         images = list(generate(components, [prompt.format(token) for prompt in prompts], seeds, **generation))
-        callback(token, images)
         generated, _ = embed(clip, images, without_token)
         clip_i = (generated[:num_images] @ known.T).mean(dim=1)[None]  # [1, num_images]
         clip_t = (generated[num_images:].unflatten(0, (len(edits), per_edit)) * targets[:, None]).sum(dim=-1)  # [P, n]
-        scores["tokens"][token] = found = {}
+        scores[token] = {}
         for name, cosines in {"clip_i": clip_i, "clip_t": clip_t}.items():
             error = (cosines.var(dim=1).mean() / cosines.numel()).sqrt()  # the images are random, the prompts given
-            found[name] = {"mean": cosines.mean().item(), "error": error.item()}
-        found["prompts"] = dict(zip(edits, clip_t.mean(dim=1).tolist(), strict=True))
+            scores[token][name] = {"mean": cosines.mean().item(), "error": error.item()}
     return scores
 
 
-def report_scores(scores, path):
-    """Write what score_embedding found to `path` as JSON, and print it as a table (mean and standard error)."""
-    mu.atomic_write(path, lambda buffer: buffer.write(json.dumps(scores, indent=1).encode()))
+def score_run(components, folder, config, score_model=None, **settings):
+    """Score the token of a run, and its initializer: prints a table, writes scores.json. config: the run's options."""
+    training_images = mu.to_pil(load_images(config["images"], config["resolution"])[0])
+    tokens = list(components.placeholders)[:1]
+    if not mu.is_embedding_path(config["initializer_token"]):
+        tokens.insert(0, config["initializer_token"])
+    clip = load_clip(config["model"], score_model, components.device)
+    scores = score_tokens(components, clip, training_images, tokens, config["learnable_property"], **settings)
+    mu.write_whole(Path(folder, "scores.json"), json.dumps({"tokens": scores, **settings}, indent=1).encode())
     print(f"{'':24}{'CLIP-I (images)':>20}{'CLIP-T (prompts)':>20}")
-    for token, found in scores["tokens"].items():
+    for token, found in scores.items():
         cells = (f"{found[name]['mean']:.3f} +- {found[name]['error']:.3f}" for name in ("clip_i", "clip_t"))
-        print(f"{mu.printable(token):24}" + "".join(f"{cell:>20}" for cell in cells))
-    print(f"{'training images':24}{scores['training_images']:>11.3f}\nscores     {path}")
+        print(f"{token:24}" + "".join(f"{cell:>20}" for cell in cells))
 
 
-# --- Command line -----------------------------------------------------------------------------------------------------
+# --- Options ----------------------------------------------------------------------------------------------------------
 
 
 def build_parser():
-    parser = mu.Parser("Generate images with a learned token.")
-    add, count = parser.add_argument, mu.number(int, 1, 2**31 - 1)
+    parser = mu.make_parser("Generate images with a learned token.")
+    add = parser.add_argument
     # fmt: off
-    add("--embedding", type=mu.path, action="append", help="file, run folder or Hub id; repeatable (default: last run)")
+    add("--embedding", action="append", help="file, run folder or Hub id; repeatable (default: last run)")
     add("--token", action="append", help="another name for the token of each --embedding, in their order")
-    add("--export", type=mu.path, metavar="FILE", help="only write the embedding to a new .safetensors, .pt or .bin")
     add("--prompt", action="append", help="repeatable (default: a photo of each token)")
     add("--negative_prompt", help="what the images should not show")
-    add("--num_images", type=count, help="images per prompt (default: 4; with --score 64)")
+    add("--num_images", type=mu.one_or_more, help="images per prompt (default: 4; with --score 64)")
     add("--sampler", choices=SAMPLERS, help="(default: dpm++)")
-    add("--steps", "--num_inference_steps", type=count, help="denoising steps (default: 25, or the model's own)")
-    add("--guidance", "--guidance_scale", type=mu.number(float, -1e6, 1e6),
-        help="scale of classifier-free guidance (default: 7.5, or the model's own)")
-    add("--seed", type=mu.number(int, 0, 2**63 - 1), default=0, help="of the first image; the next ones count up")
-    add("--height", type=mu.number(int, 1, 8192), help="in pixels (default: the model's own)")
-    add("--width", type=mu.number(int, 1, 8192), help="in pixels (default: the model's own)")
-    add("--batch_size", type=count, help="images generated at a time; does not change them (default: 4)")
-    add("--output_dir", "--out", type=mu.path, help="folder for the images (default: samples/ in the run's folder)")
-    add("--model", "--pretrained_model_name_or_path", type=mu.path, help="folder or Hub id (default: the run's)")
+    add("--steps", "--num_inference_steps", type=mu.one_or_more, help="(default: 25, or what the model advises)")
+    add("--guidance", "--guidance_scale", type=float, help="of the prompt (default: 7.5, or what the model advises)")
+    add("--seed", type=int, default=0, help="of the first image; the next ones count up")
+    add("--height", type=mu.one_or_more, help="in pixels (default: the model's own)")
+    add("--width", type=mu.one_or_more, help="in pixels (default: the model's own)")
+    add("--batch_size", type=mu.one_or_more, help="images generated at a time; does not change them (default: 4)")
+    add("--output_dir", "--out", help="folder for the images (default: samples/ in the run's folder)")
+    add("--model", "--pretrained_model_name_or_path", help="folder or Hub id (default: the run's)")
     add("--revision", help="revision of a Hub id (default: the run's)")
     add("--variant", help="variant of the weight files, such as fp16 (default: the run's)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="device to generate on")
-    add("--precision", default="auto", choices=mu.PRECISIONS, help="precision of the UNet")
+    add("--precision", "--mixed_precision", default="auto", choices=mu.PRECISIONS, help="precision of the UNet")
     add("--score", action="store_true", help="compute the CLIP scores of a run's token: scores.json in its folder")
-    add("--score_model", type=mu.path, help=f"CLIP folder or Hub id (default: the model's, else {DEFAULT_SCORE_MODEL})")
+    add("--score_model", help=f"CLIP folder or Hub id (default: the model's clip/, else {DEFAULT_SCORE_MODEL})")
     # fmt: on
     return parser
 
 
-def export(path, embeddings):
-    """Write a copy of the one embedding of [(source, name or None)] to `path`, which other programs call it by."""
-    if Path(path).suffix not in mu.EMBEDDING_SUFFIXES or Path(path).exists() or len(embeddings) != 1:
-        raise UserError(f"--export {path}: one --embedding and the name of a new .safetensors, .pt or .bin are needed.")
-    embedding = mu.load_embedding(*embeddings[0])
-    mu.save_embedding(path, embedding.token, embedding.rows, embedding.metadata.get("base_model", ""))
-    name = Path(path).stem
-    print(f"{mu.printable(embedding.token)} is in {path}: in A1111 it is called {name}, in ComfyUI embedding:{name}")
-    if len(embedding.rows) > 1 and Path(path).suffix != ".pt":
-        print("note: InvokeAI reads an embedding of several vectors only from a .pt", file=sys.stderr)
-
-
-def tokens_outside(components, prompt):
-    """The learned tokens that a prompt does not hold."""
-    ids = components.tokenizer(prompt, verbose=False).input_ids
-    return [token for token, token_ids in components.placeholders.items() if token_ids[0] not in ids]
-
-
-def check_prompts(components, prompts, negative_prompt=""):
-    """Notes on stderr: a prompt without a learned token, a token in no prompt, weights, which mean nothing here."""
-    subjects = unused = tokens_outside(components, negative_prompt)
-    for prompt in prompts:
-        absent = tokens_outside(components, prompt)
-        if subjects and set(subjects) <= set(absent):
-            print(f"note: {prompt!r} holds no learned token, such as {subjects[0]}", file=sys.stderr)
-        unused = [token for token in unused if token in absent]
-    if unused and unused != subjects:
-        print(f"note: no prompt holds {', '.join(unused)}", file=sys.stderr)
-    if any(re.search(r"\(.+:\d(\.\d+)?\)", prompt) for prompt in [*prompts, negative_prompt]):
-        print("note: weights such as (word:1.3) are read as plain text", file=sys.stderr)
+def load_run(args):
+    """The model with the tokens that the options name -> components, folder and options of the first token's run."""
+    sources = args.embedding or []
+    if not sources and not (args.model and args.prompt):  # with both the model alone generates
+        sources = [str(mu.newest_run("learned_embeds.safetensors"))]
+    first = Path(sources[0]) if sources else Path()
+    folder = first if first.is_dir() else first.parent if first.is_file() else Path()  # a Hub id has none
+    config = mu.read_json(folder / "config.json") if sources else {}
+    if args.model:  # whose files are not the run's
+        config |= {"model": args.model, "revision": None, "variant": None}
+    model = config.setdefault("model", mu.DEFAULT_MODEL)
+    device = mu.choose_device(args.device)
+    dtype = mu.DTYPES[mu.choose_precision(args.precision, device)]
+    files = [getattr(args, name) or config.get(name) for name in ("revision", "variant")]
+    components = mu.load_components(model, dtype, *files).to(device)
+    print(f"model      {model}")
+    width, tokens = components.text_encoder.config.hidden_size, []
+    for source, name in itertools.zip_longest(sources, args.token or []):
+        tokens.append(mu.load_embedding(source, name, width))
+        print(f"token      {tokens[-1][0]} ({source})")
+    if tokens:
+        mu.add_tokens(components, tokens, "--token")
+    return components, folder, config
 
 
 def run(args):
     """Generate images, or scores, as the options say. UserError if that cannot be done."""
-    # 1. The tokens, and the model they were learned on
-    sources, names = args.embedding or [], args.token or []
-    if not sources and not (args.model and args.prompt):  # with both the model alone generates
-        runs = sorted(Path("runs").glob("*/learned_embeds.safetensors"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise UserError("no run in runs/: run train.py first, or name an --embedding, or a --model and a --prompt.")
-        sources = [str(runs[-1])]
-    if len(names) > len(sources):
-        raise UserError(f"--token is given {len(names)} times for {len(sources)} --embedding; give one for each.")
-    embeddings = list(itertools.zip_longest(sources, names))
-    if args.export:
-        return export(args.export, embeddings)
-    first = Path(sources[0]) if sources else Path()
-    folder = next((path for path in (first, first.parent) if path.is_dir()), Path())  # a Hub id has none
-    config = mu.read_config(folder) if sources and first.exists() else {}  # what train.py stored
-    if sources and not config:
-        metadata = mu.load_embedding(*embeddings[0]).metadata
-        config = {"model": mu.model_of_name(metadata.get("base_model"))}
-    model, device = args.model or config.get("model") or mu.DEFAULT_MODEL, mu.choose_device(args.device)
-    from_run = {} if args.model else config  # another model has other files
-    files = {name: getattr(args, name) or from_run.get(name) for name in ("revision", "variant")}
-    if not args.model:
-        mu.refuse_download(model, **files)
-    dtype = mu.choose_dtype(args.precision, device)
-    print(f"model      {mu.printable(model)}")
-    components = mu.load_components(model, device, dtype, **files, embeddings=embeddings)
-    learned_from = dict(zip(components.placeholders, sources, strict=True))
-    for token, source in learned_from.items():
-        print(f"token      {token} ({mu.printable(source)})")
-    learnable_property = config.get("learnable_property", "object")
-
-    # 2. The settings: as given, else as the model's folder advises, else as usual with Stable Diffusion
-    settings = {"sampler": "dpm++", "steps": 25, "guidance": 7.5, "batch_size": 4, "negative_prompt": ""}
-    settings |= mu.sampling_defaults(model)
-    given = {name: getattr(args, name) for name in (*settings, "height", "width")}
-    settings |= {name: value for name, value in given.items() if value is not None}
-
-    # 3. Either the scores of the first token
+    components, folder, config = load_run(args)
+    settings = sampling_settings(config["model"], vars(args))
     if args.score:
-        if not {"images", "resolution"} <= config.keys():
+        if "initializer_token" not in config:
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
-        print(f"images     {mu.printable(config['images'])}")
-        training_images = mu.to_pil(load_training_images(config["images"], config["resolution"])[0])
-        tokens, initializer = list(components.placeholders)[:1], config.get("initializer_token")
-        if initializer and mu.initializer_ids(components.tokenizer, initializer):  # else it is an embedding file
-            tokens = [initializer, *tokens]
-        clip = load_clip(model, args.score_model, device)
-        settings |= {"num_images": args.num_images or 64, "seed": args.seed}
-        scores = score_embedding(components, clip, training_images, tokens, learnable_property, **settings)
-        return report_scores(scores, folder / "scores.json")
-
-    # 4. Or images
-    subjects = tokens_outside(components, settings["negative_prompt"])
-    prompts = args.prompt or [PHOTO_PROMPT[learnable_property].format(token) for token in subjects]
-    if not prompts:
-        raise UserError("--prompt is missing: the learned tokens are all in the --negative_prompt.")
+        return score_run(
+            components, folder, config, args.score_model, num_images=args.num_images or 64, seed=args.seed, **settings
+        )
+    photo = PHOTO_PROMPT[config.get("learnable_property", "object")]
+    prompts = args.prompt or [photo.format(token) for token in components.placeholders]
     check_prompts(components, prompts, settings["negative_prompt"])
     count, out = args.num_images or 4, Path(args.output_dir or folder / "samples")
+    out.mkdir(parents=True, exist_ok=True)
     each_prompt = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(args.seed, args.seed + len(each_prompt))
-    stored = {**settings, "model": mu.name_of_model(model), "embeddings": learned_from}
-    images, generated = [], generate(components, each_prompt, seeds, **settings)
-    for prompt, seed, image in zip(each_prompt, seeds, generated, strict=True):
-        save_next(image, out, "", {"prompt": prompt, "seed": seed, **stored})
+    stored = {**settings, "model": config["model"], "embeddings": args.embedding or folder}
+    images, start = [], time.perf_counter()
+    for i, image in enumerate(generate(components, each_prompt, seeds, **settings)):
+        path = next_free(out, (f"{number:04d}.png" for number in itertools.count()))
+        save_png(image, path, {"prompt": each_prompt[i], "seed": seeds[i], **stored})
         images.append(image)
+    seconds = (time.perf_counter() - start) / (math.ceil(len(images) / settings["batch_size"]) * settings["steps"])
     if len(images) > 1:
         grid = image_grid(images, count if len(prompts) > 1 else math.ceil(count**0.5), prompts)
-        save_next(grid, out, "grid", {"prompt": prompts, "seed": args.seed, **stored})
-    print(f"{len(images)} images in {out}")
+        path = next_free(out, (f"grid{number if number > 1 else ''}.png" for number in itertools.count(1)))
+        save_png(grid, path, {"prompt": prompts, "seed": args.seed, **stored})
+    print(f"images     {len(images)} in {out}")
+    print(f"speed      {seconds:.3f} s a step{mu.peak_memory(components.device)}")
 
 
-def save_next(image, folder, stem, settings):
-    """Save an image under the next free name of a folder: 0000.png, 0001.png, ..., or stem.png, stem2.png, ..."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in itertools.count(0):
-        path = folder / (f"{stem}{i + 1 if i else ''}.png" if stem else f"{i:04d}.png")
-        with suppress(FileExistsError):
-            path.touch(exist_ok=False)  # taken: another process that generates here skips it
-            break
-    try:
-        save_png(image, path, settings)
-    except BaseException:
-        path.unlink()  # nothing of 0 bytes stays
-        raise
+def check_prompts(components, prompts, negative_prompt):
+    """A note on stderr for each prompt that holds no learned token: probably a mistyped one."""
+    for prompt in prompts:
+        token_ids = components.tokenizer(f"{prompt} {negative_prompt}", verbose=False).input_ids
+        if components.placeholders and not any(ids[0] in token_ids for ids in components.placeholders.values()):
+            print(f"note: {prompt!r} holds no learned token, such as {[*components.placeholders][0]}", file=sys.stderr)
 
 
 def main(argv=None):
     advice = "take a smaller --batch_size, --precision bf16 or fp16, or a smaller --height and --width"
-    mu.run_main(lambda argv: run(build_parser().parse_args(argv)), argv, advice)
+    with mu.one_sentence_errors(advice):
+        run(build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
