@@ -275,12 +275,13 @@ def find_embedding(source, option):
         if len(files) != 1:
             raise UserError(f"{option} {source} holds no learned_embeds.safetensors; name the file itself.")
         return files[0]
-    for name in ("learned_embeds.safetensors", "learned_embeds.bin"):
+    why = "a Hub id is 'owner/name'"
+    for name in ("learned_embeds.safetensors", "learned_embeds.bin") if is_hub_id(source) else ():
         try:
             return find_file(source, name)
-        except Exception as error:  # no network, no such repository, no Hub id
+        except Exception as error:  # no network, no such repository
             why = reason(error)
-    raise UserError(f"{option} {source}: no such file or folder, and not found on the Hub ({why}).")
+    raise UserError(f"{option} {source}: no such file or folder, and not on the Hub ({why}).")
 
 
 def read_tensors(path):
@@ -357,15 +358,17 @@ def load_components(model, dtype=torch.float32, revision=None, variant=None):
         convert = f"from_single_file('{Path(model).as_posix()}').save_pretrained('{folder}')"
         command = f'python -c "import diffusers; diffusers.StableDiffusionPipeline.{convert}"'
         raise UserError(f"--model {model} is one file; convert it, and name the folder that this makes: {command}")
+    if not Path(model).is_dir() and not is_hub_id(model):
+        raise UserError(f"--model {model}: no such folder, and no Hub id, which is 'owner/name'.")
     for library in (transformers, diffusers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # downloading gigabytes in silence would look like a hang
+    text_encoder = load_part(transformers.CLIPTextModel, model, "text_encoder", dtype, revision, variant)
     with loading(model, "tokenizer"):
         tokenizer = transformers.CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", revision=revision)
         if len(tokenizer) < 4:  # without its files transformers makes one of the special tokens alone
             raise ValueError("it has no vocabulary")
-    text_encoder = load_part(transformers.CLIPTextModel, model, "text_encoder", dtype, revision, variant)
     tokenizer.model_max_length = text_encoder.config.max_position_embeddings  # not always in its own file
     vae = load_part(diffusers.AutoencoderKL, model, "vae", torch.float32, revision, variant)
     unet = load_part(diffusers.UNet2DConditionModel, model, "unet", dtype, revision, variant)
@@ -406,6 +409,11 @@ def loading(model, part):
             yield
     except Exception as error:
         raise UserError(f"--model {model}: its part '{part}' cannot be loaded ({reason(error)}).") from error
+
+
+def is_hub_id(source):
+    """Whether a name that is no path here can be that of a Hub repository."""
+    return source.count("/") == 1 and Path(source).suffix not in (*EMBEDDING_SUFFIXES, ".ckpt")
 
 
 def find_file(source, name, revision=None):
@@ -461,7 +469,7 @@ def one_or_more(text):
 
 def full_path(text):
     """Type of an argparse option: the absolute path of a file or folder; a Hub id as it is."""
-    return str(Path(text).resolve()) if Path(text).exists() else text
+    return str(Path(text).resolve() if Path(text).exists() else text)
 
 
 def newest_run(file):

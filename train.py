@@ -136,6 +136,8 @@ def train(args):
     learned_rows = mu.add_tokens(components, [(args.placeholder_token, init_rows)], "--placeholder_token")
     args.lr = args.lr or table.float().square().mean().sqrt().item()  # --recipe fast leaves it open
     args.resolution = args.resolution or components.resolution
+    if args.resolution % components.pixels_per_latent:
+        raise UserError(f"--resolution {args.resolution}: take a multiple of {components.pixels_per_latent} pixels.")
     captions = (args.placeholder_token, args.learnable_property, args.templates)
     dataset = data.load_dataset(components, args.images, args.resolution, *captions)
     training = components._replace(unet=torch.compile(components.unet)) if args.compile else components
@@ -221,7 +223,8 @@ def train(args):
         settings = sample.sampling_settings(args.model, {"batch_size": 32})
         sample.score_run(components, folder, vars(args), seed=args.seed, **settings)
     prompt = sample.EDITING_PROMPTS[args.learnable_property][-1].format(args.placeholder_token)
-    print(f"embedding  {folder / 'learned_embeds.safetensors'}; beside it: log.jsonl, curves.png, preview.png")
+    print(f"embedding  {folder / 'learned_embeds.safetensors'}")
+    print(f"beside it  log.jsonl, {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
     print(f"speed      {seconds / (args.steps - first_step):.3f} s a step{mu.peak_memory(device)}")
     print(f'try next   python sample.py --embedding "{folder}" --prompt "{prompt}"')
     return folder
@@ -381,7 +384,7 @@ def parse_options(argv=None):
         raise UserError(f"--output_dir {args.output_dir} holds a run: add --resume, or name another folder.")
     if args.images and not args.initializer_token:
         raise UserError("--images needs --initializer_token: the word for what they show, such as cat, to start from.")
-    args.images = args.images or str(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
+    args.images = args.images or mu.full_path(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
     if args.output_dir and Path(args.output_dir).resolve().is_relative_to(args.images):
         raise UserError(f"--output_dir {args.output_dir} lies in --images, whose files it would join; name another.")
