@@ -3,7 +3,7 @@
 import gc
 import json
 import os
-import signal
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,20 +25,13 @@ WORDS = "a an the of in on and photo picture painting drawing style cat dog toy 
 PROMPT_LENGTH, TEXT_WIDTH = 32, 32
 
 
-def pytest_configure():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background (&), Ctrl-C would be ignored
-
-
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # loading a model collects garbage, and would go through all objects of the libraries each time
 
 
-def build_tokenizer(size=None, length=PROMPT_LENGTH):
-    """A small CLIP tokenizer: all bytes, all bytes that end a word, the merges that spell WORDS, start and end.
-
-    size: the vocabulary is filled up to this many tokens. length: tokens per prompt.
-    """
+def build_tokenizer():
+    """A small CLIP tokenizer: all bytes, all bytes that end a word, the merges that spell WORDS, start and end."""
     letters = sorted(ByteLevel.alphabet())
     pieces, merges = letters + [letter + "</w>" for letter in letters], []
     for word in WORDS:
@@ -49,10 +42,9 @@ def build_tokenizer(size=None, length=PROMPT_LENGTH):
                 merges.append((whole, symbol))
                 pieces.append(whole + symbol)
             whole += symbol
-    pieces += [f"filler{i}</w>" for i in range(len(pieces), (size or 0) - 2)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROMPT_LENGTH)
 
 
 @pytest.fixture(scope="session")
@@ -137,41 +129,82 @@ def image_folder(tmp_path_factory):
     return str(folder)
 
 
+def options(model, images, *more, steps=4):
+    """Options of a short run with --recipe fast and without previews."""
+    argv = ["--model", model, "--images", images, "--initializer_token", "cat", "--recipe", "fast", "--lr", "2e-2"]
+    argv += ["--steps", str(steps), "--batch_size", "2", "--lr_warmup_steps", "2", "--preview_steps", "0", "--no-score"]
+    return [*argv, *more]
+
+
 @pytest.fixture
 def learn(tiny_model, image_folder, tmp_path, monkeypatch):
-    """learn(*options, steps=4, out="run") trains the tiny model with --recipe fast in an empty folder -> the folder."""
+    """learn(*options, steps=4, out="run") trains the tiny model in an empty folder -> the run's folder."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*options, steps=4, out="run"):
-        argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--recipe", "fast"]
-        argv += ["--steps", str(steps), "--batch_size", "2", "--lr", "2e-2", "--lr_warmup_steps", "2"]
-        argv += ["--preview_steps", "0", "--no-score", *options]
-        return train.train(train.parse_options(argv + (["--output_dir", out] if out else []))).absolute()
+    def run(*more, steps=4, out="run"):
+        argv = options(tiny_model, image_folder, "--output_dir", out, *more, steps=steps)
+        return train.train(train.parse_options(argv)).absolute()
 
     return run
 
 
+@pytest.fixture(scope="session")
+def finished(tiny_model, image_folder, tmp_path_factory):
+    """Folder of a run of 4 steps with a checkpoint every 2 and a preview every 4; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished") / "kat"
+    more = ["--save_steps", "2", "--log_steps", "1", "--preview_steps", "4", "--output_dir", str(folder)]
+    return train.train(train.parse_options(options(tiny_model, image_folder, *more)))
+
+
 @pytest.fixture
-def resume(learn):
-    """resume(folder, *options) runs train.py --resume with no other options -> the run's folder."""
-    return lambda folder, *options: train.train(
-        train.parse_options(["--resume", "--output_dir", str(folder), *options])
-    )
+def run(finished, tmp_path, monkeypatch):
+    """A copy of the finished run, runs/kat in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(finished, "runs/kat"))
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path):
+    """A copy of the tiny model that a test may change."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def components(tiny_model):
+    """The tiny model, without a new token."""
+    return mu.load_components(tiny_model)
 
 
 @pytest.fixture
 def refused(capsys):
-    """refused(argv) runs train.py, expects exit code 2 and one sentence, and returns it."""
+    """refused(main, argv) expects exit code 2 and one sentence on stderr from a script's main, and returns it."""
 
-    def run(argv):
+    def call(main, argv):
         with pytest.raises(SystemExit) as stop:
-            train.main(argv)
-        assert stop.value.code == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert lines[-1].startswith("error: ") and "Traceback" not in "\n".join(lines)
-        return lines[-1]
+            main([str(word) for word in argv])
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and "Traceback" not in error
+        sentences = [line for line in error.splitlines() if "error: " in line]
+        assert len(sentences) == 1 and error.endswith(sentences[0])
+        return sentences[0]
 
-    return run
+    return call
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """before_step(step, action) lets train.py call action() when it seeds this step (or train.EVAL_SEED)."""
+    step_generator = train.step_generator
+
+    def install(chosen, action=None):
+        def seeding(seed, step):
+            if step == chosen:
+                action()
+            return step_generator(seed, step)
+
+        monkeypatch.setattr(train, "step_generator", seeding)
+
+    return install
 
 
 def read_log(folder):
@@ -186,20 +219,4 @@ def read_state(folder):
 
 def read_rows(folder):
     """The learned rows [n, dim] of a run, as train.py saved them."""
-    return mu.load_embedding(folder).rows
-
-
-@pytest.fixture
-def before_step(monkeypatch):
-    """before_step(step, action) lets train.py call action() when it draws the batch of this step (or EVAL_SEED)."""
-    draw_batch = train.draw_batch
-
-    def install(step, action=None):
-        def drawing_batch(*args):
-            if args[3] == step:
-                action()
-            return draw_batch(*args)
-
-        monkeypatch.setattr(train, "draw_batch", drawing_batch)
-
-    return install
+    return mu.load_embedding(folder)[1]
