@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 import model_utils as mu
 from model_utils import UserError
@@ -37,13 +36,6 @@ STYLE_TEMPLATES = [f"{what} in the style of {{}}" for what in [
 ]]  # fmt: skip
 
 
-def captions_of(path, token, templates):
-    """The captions of an image: the lines of NAME.txt beside it, else the templates, with the token for {}."""
-    file = path.with_suffix(".txt")
-    own = read_templates(file, token) if file.is_file() else []
-    return [template.replace("{}", token) for template in own or templates]
-
-
 def read_templates(path, token):
     """The lines of a text file, each with {} for the token; a line without it or the token gets '{}, ' in front."""
     lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -53,15 +45,6 @@ def read_templates(path, token):
 # --- Reading images ---------------------------------------------------------------------------------------------------
 
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]  # Pillow knows more, some of which start other programs
-
-
-def list_images(folder):
-    """The files of a folder that may be images, sorted; of a file that alone. UserError if there is no such folder."""
-    if Path(folder).is_file():
-        return [Path(folder)]
-    if not Path(folder).is_dir():
-        raise UserError(f"--images {folder}: no such file or folder; name one that holds images.")
-    return sorted(p for p in Path(folder).iterdir() if p.is_file() and p.suffix != ".txt" and p.name[0] != ".")
 
 
 def read_image(path, resolution):
@@ -82,11 +65,10 @@ def read_image(path, resolution):
             image = Image.open(file, formats=formats)  # given a path, Pillow 13 garbles some turned TIFFs (memory map)
             image.draft(None, (3 * resolution, 3 * resolution))  # large JPEGs: decode at 1/2, 1/4 or 1/8 of the size
             image.load()
+            with suppress(Exception):  # damaged EXIF data is no reason to refuse the image
+                ImageOps.exif_transpose(image, in_place=True)
     except UnidentifiedImageError:
-        heic = path.suffix.lower() in (".heic", ".heif") and formats == FORMATS
-        raise ValueError("HEIC: pip install pillow-heif" if heic else "not an image of a known kind") from None
-    with suppress(Exception):  # damaged EXIF data is no reason to refuse the image
-        ImageOps.exif_transpose(image, in_place=True)
+        raise ValueError("not an image of a known kind (HEIC: pip install pillow-heif)") from None
     square = to_square(image, resolution)
     if profile := image.info.get("icc_profile"):
         with suppress(Exception):  # nor is a damaged profile, or one of other colours
@@ -128,8 +110,12 @@ def load_images(folder, resolution):
 
     What cannot be read is named on stderr. UserError if nothing can.
     """
+    if not Path(folder).exists():
+        raise UserError(f"--images {folder}: no such file or folder; name one that holds images.")
     arrays, paths = [], []
-    for path in list_images(folder):
+    for path in [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).iterdir()):
+        if path.is_dir() or path.suffix == ".txt" or path.name.startswith("."):  # .txt: captions
+            continue
         try:
             arrays.append(read_image(path, resolution))
             paths.append(path)
@@ -162,18 +148,18 @@ def load_dataset(components, folder, resolution, token, learnable_property="obje
     images, alpha, paths = load_images(folder, resolution)
     built_in = STYLE_TEMPLATES if learnable_property == "style" else OBJECT_TEMPLATES
     templates = read_templates(templates_file, token) if templates_file else built_in
-    rows = [captions_of(path, token, templates) for path in paths]
+    own = [path.with_suffix(".txt") for path in paths]  # beside the images
+    rows = [(file.is_file() and read_templates(file, token)) or templates for file in own]
     longest = max(map(len, rows))  # shorter lists begin again
-    captions = [row[i % len(row)] for row in rows for i in range(longest)]
+    captions = [row[i % len(row)].replace("{}", token) for row in rows for i in range(longest)]
     token_ids = mu.tokenize(components, captions)  # [N * T, L]
     for caption, ids in zip(captions, token_ids, strict=True):
         if components.placeholders[token][0] not in ids:  # it would learn nothing
             raise UserError(f"--placeholder_token: {token!r} is no separate word in the caption {caption!r}.")
-    pairs = tqdm(torch.stack([images, images.flip(-1)], dim=1), "encoding images", delay=2, leave=False, disable=None)
-    moments = [mu.encode_images(components, pair) for pair in pairs]  # N of [2, 4, h, w]
-    mean, std = (torch.stack(part) for part in zip(*moments, strict=True))  # [N, 2, 4, h, w]
-    mask = F.interpolate(alpha, mean.shape[-2:], mode="area")  # [N, 1, h, w]
-    mask = torch.stack([mask, mask.flip(-1)], dim=1)
+    pairs = torch.stack([images, images.flip(-1)], dim=1)  # [N, 2, 3, R, R]
+    mean, std = (x.unflatten(0, (-1, 2)) for x in mu.encode_images(components, pairs.flatten(0, 1)))  # [N, 2, 4, h, w]
+    small = F.interpolate(alpha, mean.shape[-2:], mode="area")  # [N, 1, h, w]
+    mask = torch.stack([small, small.flip(-1)], dim=1)
     return Dataset(mean, std, mask, token_ids.unflatten(0, (len(images), longest)), images)
 
 
@@ -185,11 +171,11 @@ def draw_examples(dataset, batch_size, generator):
     """
     picks = without_replacement(len(dataset.mean), batch_size, generator)
     mirrored = torch.randint(2, (batch_size,), generator=generator)
-    captions = without_replacement(dataset.token_ids.shape[1], batch_size, generator)
+    choices = without_replacement(dataset.token_ids.shape[1], batch_size, generator)
     mean, std = dataset.mean[picks, mirrored], dataset.std[picks, mirrored]  # [B, 4, h, w]
     latents = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
-    return latents, noise, dataset.token_ids[picks, captions], dataset.mask[picks, mirrored]
+    return latents, noise, dataset.token_ids[picks, choices], dataset.mask[picks, mirrored]
 
 
 def without_replacement(count, batch_size, generator):

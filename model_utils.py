@@ -1,12 +1,13 @@
 """The frozen model and the few numbers that are learned: everything that `train.py` and `sample.py` share.
 
 From top to bottom: the parts of the method (the noise schedule, the masked lookup); the new token, and prompts as
-tokens; images as latents and back; embedding files; the whole frozen model; errors, device and precision.
+tokens; images as latents and back; embedding files; the whole frozen model (Components); errors, device, precision.
 """
 
 import argparse
 import gc
 import json
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 # --- The noise schedule -----------------------------------------------------------------------------------------------
 
@@ -58,10 +60,6 @@ class NoiseSchedule(NamedTuple):
             return noise
         signal, sigma = self._signal_and_noise(timesteps)
         return (signal * noise - sigma * latents).to(latents.dtype)
-
-    def snr(self, timesteps):
-        """Signal-to-noise ratio [B] at timesteps [B]."""
-        return self.alphas_cumprod[timesteps] / (1 - self.alphas_cumprod[timesteps])
 
 
 def make_schedule(config):
@@ -103,12 +101,12 @@ class LearnedEmbedding(nn.Module):
         self.learned_rows = nn.Parameter(init_rows.detach().to(table.device, torch.float32, copy=True))  # [n, dim]
 
     def forward(self, token_ids):  # [B, L]
-        row = self.row_of_id[token_ids]
+        row = self.row_of_id[token_ids]  # [B, L], -1 for an old token
         is_new = (row >= 0).unsqueeze(-1)  # [B, L, 1]
         # F.embedding: the gradient of learned_rows[row] would add up in no fixed order on several threads
-        learned_rows = F.embedding(row.clamp(min=0), self.learned_rows).to(self.weight.dtype)
-        frozen_rows = F.embedding(token_ids.clamp(max=len(self.weight) - 1), self.weight)
-        return torch.where(is_new, learned_rows, frozen_rows)  # [B, L, dim]
+        learned = F.embedding(row.clamp(min=0), self.learned_rows).to(self.weight.dtype)
+        frozen = F.embedding(token_ids.clamp(max=len(self.weight) - 1), self.weight)
+        return torch.where(is_new, learned, frozen)  # [B, L, dim]
 
 
 # --- The new token, and prompts as tokens -----------------------------------------------------------------------------
@@ -144,23 +142,23 @@ def is_embedding_path(initializer):
 
 
 def add_tokens(components, tokens, option):
-    """Add tokens, pairs of a name and its rows [n, dim], to a model -> learned_rows [all of n, dim], a parameter.
+    """Add tokens, pairs of a name and its rows [n, dim], to a model -> learned_rows [sum of n, dim], a parameter.
 
-    For the tokenizer one of several rows is several tokens: token, token_1, token_2, ... UserError, with the option
-    that named it, if a token is empty, has spaces or exists: training would replace its row.
+    LearnedEmbedding takes the place of the text encoder's token table. A token of n rows is n tokens of the tokenizer:
+    token, token_1, token_2, ... UserError, with the option that named it, if it is empty, has spaces or exists.
     """
     tokenizer, placeholders = components.tokenizer, components.placeholders
     for token, rows in tokens:
         names = [token] + [f"{token}_{i}" for i in range(1, len(rows))]
-        # What add_tokens returns proves nothing: 1 for an existing token too
+        # Tested before, as tokenizer.add_tokens returns 1 for an existing token too, whose row would be replaced
         pieces = tokenizer(token, add_special_tokens=False).input_ids
         exists = len(pieces) == 1 or not tokenizer.get_vocab().keys().isdisjoint(names)
         if exists or token.split() != [token]:
             fault = "is already a token of the model" if exists else "is empty or has spaces"
             raise UserError(f"{option} {token!r} {fault}; choose a name such as {option} '<my-cat>'.")
         # normalized=False: found as it is written, before lower-casing. single_word: 'sks' is not found inside 'asks'
-        how = {"normalized": False, "single_word": bool(re.search(r"^\w|\w$", token))}
-        tokenizer.add_tokens([transformers.AddedToken(name, **how) for name in names])
+        settings = {"normalized": False, "single_word": bool(re.search(r"^\w|\w$", token))}
+        tokenizer.add_tokens([transformers.AddedToken(name, **settings) for name in names])
         placeholders[token] = tokenizer.convert_tokens_to_ids(names)
     token_ids = [i for ids in placeholders.values() for i in ids]
     table = components.text_encoder.get_input_embeddings().weight
@@ -196,10 +194,11 @@ def tokenize(components, prompts):
 def encode_images(components, images):
     """images [B, 3, H, W] in [-1, 1] -> mean, std [B, 4, h, w] of their latents, scaled, fp32 on the CPU.
 
-    A fresh sample, as the UNet takes it, is mean + std * noise. The VAE visits the device one image at a time.
+    A fresh sample, as the UNet takes it, is mean + std * noise. The VAE visits the device, which gets one at a time.
     """
     vae = components.vae.to(components.device)
-    posteriors = [vae.encode(image.to(components.device)).latent_dist for image in images.split(1)]
+    bar = tqdm(images.split(1), desc="encoding images", delay=2, leave=False, disable=None)  # None: if no terminal
+    posteriors = [vae.encode(image.to(components.device)).latent_dist for image in bar]
     mean = torch.cat([posterior.mean for posterior in posteriors]).cpu()
     std = torch.cat([posterior.std for posterior in posteriors]).cpu()
     vae.to("cpu")
@@ -245,14 +244,14 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     try:
         content = read_tensors(path)
     except Exception as error:  # a damaged file can raise nearly anything
-        raise UserError(f"{option} {path} is no embedding ({reason(error)}); nothing in it was run.") from error
+        raise UserError(f"{option} {path} is no embedding: damaged, or not only tensors; nothing was run.") from error
     tensors = dict(named_tensors(content))
     for name in ("clip_l", "emb_params", "emp_params"):  # beside these stand SDXL's other half, or other data
         tensors = {"*": tensors[name]} if name in tensors else tensors
     tensors = {token: tensors[token]} if token in tensors else tensors
     if len(tensors) != 1:
         found = ", ".join(list(tensors)[:6]) or "no rows"
-        raise UserError(f"{option} {path} is no embedding of one token; it holds {found}: choose one with --token.")
+        raise UserError(f"{option} {path} is no embedding of one token; it holds {found} (sample.py --token chooses).")
     ((name, rows),) = tensors.items()
     if name == "*":
         name = isinstance(content, dict) and content.get("name")  # A1111's
@@ -266,22 +265,29 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
 
 def find_embedding(source, option):
     """Path of the embedding file that is named by its own path, by its folder, or by a Hub id."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        usual = sorted(path.glob("learned_embeds.*"), reverse=True)  # .safetensors before .bin
-        files = usual[:1] or [file for file in path.iterdir() if file.suffix in EMBEDDING_SUFFIXES]
-        if len(files) != 1:
-            raise UserError(f"{option} {source} holds no learned_embeds.safetensors; name the file itself.")
-        return files[0]
+    names = ("learned_embeds.safetensors", "learned_embeds.bin")
+    for path in (Path(source), *(Path(source, name) for name in names)):
+        if path.is_file():
+            return path
     why = "a Hub id is 'owner/name'"
-    for name in ("learned_embeds.safetensors", "learned_embeds.bin") if is_hub_id(source) else ():
+    for name in names if is_hub_id(source) and not Path(source).exists() else ():
         try:
             return find_file(source, name)
-        except Exception as error:  # no network, no such repository
+        except Exception as error:  # no such repository, no network
             why = reason(error)
-    raise UserError(f"{option} {source}: no such file or folder, and not on the Hub ({why}).")
+    raise UserError(f"{option} {source}: no such file, no learned_embeds.safetensors in it, not on the Hub ({why}).")
+
+
+def is_hub_id(source):
+    """Whether a name that is no path here can be that of a Hub repository."""
+    return source.count("/") == 1 and Path(source).suffix not in (*EMBEDDING_SUFFIXES, ".ckpt")
+
+
+def find_file(source, name, revision=None):
+    """Path of a file in a local folder, or of one of a Hub repository, which is downloaded."""
+    if Path(source).is_dir():
+        return Path(source, name)
+    return Path(huggingface_hub.hf_hub_download(source, name, revision=revision))
 
 
 def read_tensors(path):
@@ -303,13 +309,6 @@ def named_tensors(content, name="*"):
         yield from named_tensors(value, key)
 
 
-def write_whole(path, content):
-    """Write bytes to a file: after a kill it holds the old ones or the new ones, never a half."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")  # same folder: a move between disks would be a copy
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 # --- The whole frozen model -------------------------------------------------------------------------------------------
 
 DEFAULT_MODEL = str(Path(__file__).with_name("mini_sd"))
@@ -323,7 +322,7 @@ class Components(NamedTuple):
     vae: diffusers.AutoencoderKL  # fp32 (in half precision some overflow); visits the device to encode and decode
     unet: diffusers.UNet2DConditionModel
     schedule: NoiseSchedule
-    placeholders: dict  # {learned token: its token_ids}
+    placeholders: dict  # {learned token: its token_ids}, filled by add_tokens
 
     @property
     def device(self):
@@ -361,7 +360,7 @@ def load_components(model, dtype=torch.float32, revision=None, variant=None):
     if not Path(model).is_dir() and not is_hub_id(model):
         raise UserError(f"--model {model}: no such folder, and no Hub id, which is 'owner/name'.")
     for library in (transformers, diffusers):
-        library.utils.logging.set_verbosity_error()
+        library.utils.logging.set_verbosity(logging.CRITICAL)  # errors are raised
         library.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # downloading gigabytes in silence would look like a hang
     text_encoder = load_part(transformers.CLIPTextModel, model, "text_encoder", dtype, revision, variant)
@@ -411,21 +410,16 @@ def loading(model, part):
         raise UserError(f"--model {model}: its part '{part}' cannot be loaded ({reason(error)}).") from error
 
 
-def is_hub_id(source):
-    """Whether a name that is no path here can be that of a Hub repository."""
-    return source.count("/") == 1 and Path(source).suffix not in (*EMBEDDING_SUFFIXES, ".ckpt")
-
-
-def find_file(source, name, revision=None):
-    """Path of a file in a local folder, or of one of a Hub repository, which is downloaded."""
-    if Path(source).is_dir():
-        return Path(source, name)
-    return Path(huggingface_hub.hf_hub_download(source, name, revision=revision))
-
-
 def read_json(path):
     """The dict in a JSON file; an empty one if there is no such file."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).is_file() else {}
+
+
+def write_whole(path, content):
+    """Write bytes to a file: after a kill it holds the old ones or the new ones, never half of it."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")  # same folder: a move between disks would be a copy
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 # --- Errors, device and precision -------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def sample_latents(
     Salimans 2022); at 1 or less the prompt alone is used, at half the cost. generators: one per image, for samplers
     that add noise. callback() is called after each of the `steps` calls of the UNet.
     """
-    guided = guidance > 1 and negative_embeddings is not None
+    guided = guidance > 1
     context = torch.cat([negative_embeddings, text_embeddings]) if guided else text_embeddings
     context = context.to(unet.dtype)  # [2B or B, L, dim]
 
@@ -196,17 +196,18 @@ def image_grid(images, columns, captions=()):
     return sheet
 
 
-def plot_curves(panels, path, width=480, height=160):
+def plot_curves(panels, path):
     """Write line plots, one below the other, as PNG. panels: {title: [(x, y), ...]}."""
+    width, height = 480, 160  # of each
     sheet = Image.new("RGB", (width, height * len(panels)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (title, points) in enumerate(panels.items()):
-        xs, ys = np.array(points).T
+        xs, ys = np.array([point for point in points if math.isfinite(point[1])] or [(0, 0)]).T
         label = f"{title}: {ys[0]:.4g} at step {xs[0]:g}, {ys[-1]:.4g} at step {xs[-1]:g} (lowest {ys.min():.4g})"
         pen.text((10, i * height + 6), label, fill="black")
         xs = 10 + (width - 20) * (xs - xs.min()) / (np.ptp(xs) or 1)
         ys = i * height + 24 + (height - 34) * (ys.max() - ys) / (np.ptp(ys) or 1)
-        pen.line([*zip(xs.tolist(), ys.tolist(), strict=True)], fill="royalblue", width=2, joint="curve")
+        pen.line([*zip(xs.tolist(), ys.tolist(), strict=True)], fill="royalblue", width=2)
     save_png(sheet, path, {})
 
 
@@ -228,7 +229,7 @@ def next_free(folder, names):
 # Gal et al. 2022 (arXiv:2208.01618), section 5. CLIP-I: similarity of generated images to the training images. CLIP-T:
 # similarity of generated images to an editing prompt, without the token. Both are cosines of CLIP embeddings.
 
-DEFAULT_SCORE_MODEL = "openai/clip-vit-base-patch32"
+SCORE_MODEL = "openai/clip-vit-base-patch32"
 PHOTO_PROMPT = {"object": "a photo of a {}", "style": "a painting in the style of {}"}
 SCENES = ["on a red background", "on a green background", "at night", "on the beach", "on the moon"]
 THINGS = ["a cat", "a dog", "a bird", "a fish", "a house", "a car", "a boat", "two cats"]
@@ -239,17 +240,12 @@ EDITING_PROMPTS = {
 }
 
 
-def load_clip(model, score_model=None, device="cpu"):
-    """-> CLIP, tokenizer, image processor of `score_model` (folder or Hub id), by default of the model's own clip/."""
+def load_clip(model, device):
+    """-> CLIP, tokenizer, image processor: of the model's own clip/ folder, else OpenAI's, as in the paper."""
     own = Path(model, "clip")
-    name = score_model or (str(own) if own.is_dir() else DEFAULT_SCORE_MODEL)
-    try:
-        clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval().to(device)
-        in_model = Path(name).resolve() == own.resolve()
-        tokenizer = CLIPTokenizer.from_pretrained(Path(model, "tokenizer") if in_model else name)
-        return clip, tokenizer, CLIPImageProcessorPil.from_pretrained(name)
-    except Exception as error:
-        raise UserError(f"--score_model {name} cannot be loaded ({mu.reason(error)}); name another CLIP.") from error
+    name, tokenizer = (own, Path(model, "tokenizer")) if own.is_dir() else (SCORE_MODEL, SCORE_MODEL)
+    clip = CLIPModel.from_pretrained(name, dtype=torch.float32).requires_grad_(False).eval().to(device)
+    return clip, CLIPTokenizer.from_pretrained(tokenizer), CLIPImageProcessorPil.from_pretrained(name)
 
 
 @torch.no_grad()
@@ -263,24 +259,22 @@ def embed(clip, images, prompts):
     return output.image_embeds.cpu(), output.text_embeds.cpu()
 
 
-def score_tokens(
-    components, clip, training_images, tokens, learnable_property="object", num_images=64, seed=0, **generation
-):
+def score_tokens(components, clip, training_images, tokens, learnable_property, num_images, seed, **settings):
     """Generate with each of `tokens` (the initializer, to compare with, and the learned one) -> {token: scores}.
 
     training_images: PIL. `num_images` of PHOTO_PROMPT give CLIP-I; as many, spread over EDITING_PROMPTS, give CLIP-T;
-    both as mean and standard error. generation: options of `generate`.
+    both as mean and standard error. settings: of `generate`.
     """
     edits = EDITING_PROMPTS[learnable_property]
-    num_images, per_edit = max(2, num_images), max(2, num_images // len(edits))
+    per_edit = max(2, num_images // len(edits))  # two, for the error
     prompts = [PHOTO_PROMPT[learnable_property]] * num_images + [edit for edit in edits for _ in range(per_edit)]
     seeds = range(seed, seed + len(prompts))  # the same for each token
     without_token = [" ".join(edit.replace("{}", "").split()) for edit in edits]
     known, targets = embed(clip, training_images, without_token)  # [N, dim], [P, dim]
     scores = {}
     for token in tokens:
-        images = list(generate(components, [prompt.format(token) for prompt in prompts], seeds, **generation))
-        generated, _ = embed(clip, images, without_token)
+        images = list(generate(components, [prompt.format(token) for prompt in prompts], seeds, **settings))
+        generated, _ = embed(clip, images, without_token)  # [num_images + P * n, dim]
         clip_i = (generated[:num_images] @ known.T).mean(dim=1)[None]  # [1, num_images]
         clip_t = (generated[num_images:].unflatten(0, (len(edits), per_edit)) * targets[:, None]).sum(dim=-1)  # [P, n]
         scores[token] = {}
@@ -290,13 +284,13 @@ def score_tokens(
     return scores
 
 
-def score_run(components, folder, config, score_model=None, **settings):
+def score_run(components, folder, config, **settings):
     """Score the token of a run, and its initializer: prints a table, writes scores.json. config: the run's options."""
     training_images = mu.to_pil(load_images(config["images"], config["resolution"])[0])
     tokens = list(components.placeholders)[:1]
     if not mu.is_embedding_path(config["initializer_token"]):
         tokens.insert(0, config["initializer_token"])
-    clip = load_clip(config["model"], score_model, components.device)
+    clip = load_clip(config["model"], components.device)
     scores = score_tokens(components, clip, training_images, tokens, config["learnable_property"], **settings)
     mu.write_whole(Path(folder, "scores.json"), json.dumps({"tokens": scores, **settings}, indent=1).encode())
     print(f"{'':24}{'CLIP-I (images)':>20}{'CLIP-T (prompts)':>20}")
@@ -331,7 +325,6 @@ def build_parser():
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="device to generate on")
     add("--precision", "--mixed_precision", default="auto", choices=mu.PRECISIONS, help="precision of the UNet")
     add("--score", action="store_true", help="compute the CLIP scores of a run's token: scores.json in its folder")
-    add("--score_model", help=f"CLIP folder or Hub id (default: the model's clip/, else {DEFAULT_SCORE_MODEL})")
     # fmt: on
     return parser
 
@@ -343,7 +336,7 @@ def load_run(args):
         sources = [str(mu.newest_run("learned_embeds.safetensors"))]
     first = Path(sources[0]) if sources else Path()
     folder = first if first.is_dir() else first.parent if first.is_file() else Path()  # a Hub id has none
-    config = mu.read_json(folder / "config.json") if sources else {}
+    config = mu.read_json(folder / "config.json") if sources and first.exists() else {}
     if args.model:  # whose files are not the run's
         config |= {"model": args.model, "revision": None, "variant": None}
     model = config.setdefault("model", mu.DEFAULT_MODEL)
@@ -368,19 +361,20 @@ def run(args):
     if args.score:
         if "initializer_token" not in config:
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
-        return score_run(
-            components, folder, config, args.score_model, num_images=args.num_images or 64, seed=args.seed, **settings
-        )
+        settings |= {"num_images": args.num_images or 64, "seed": args.seed}
+        return score_run(components, folder, config, **settings)
     photo = PHOTO_PROMPT[config.get("learnable_property", "object")]
     prompts = args.prompt or [photo.format(token) for token in components.placeholders]
-    check_prompts(components, prompts, settings["negative_prompt"])
+    for prompt in prompts if components.placeholders else ():
+        if not any(token in f"{prompt} {settings['negative_prompt']}" for token in components.placeholders):
+            print(f"note: {prompt!r} holds no learned token ({', '.join(components.placeholders)})", file=sys.stderr)
     count, out = args.num_images or 4, Path(args.output_dir or folder / "samples")
-    out.mkdir(parents=True, exist_ok=True)
     each_prompt = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(args.seed, args.seed + len(each_prompt))
     stored = {**settings, "model": config["model"], "embeddings": args.embedding or folder}
     images, start = [], time.perf_counter()
     for i, image in enumerate(generate(components, each_prompt, seeds, **settings)):
+        out.mkdir(parents=True, exist_ok=True)
         path = next_free(out, (f"{number:04d}.png" for number in itertools.count()))
         save_png(image, path, {"prompt": each_prompt[i], "seed": seeds[i], **stored})
         images.append(image)
@@ -391,14 +385,6 @@ def run(args):
         save_png(grid, path, {"prompt": prompts, "seed": args.seed, **stored})
     print(f"images     {len(images)} in {out}")
     print(f"speed      {seconds:.3f} s a step{mu.peak_memory(components.device)}")
-
-
-def check_prompts(components, prompts, negative_prompt):
-    """A note on stderr for each prompt that holds no learned token: probably a mistyped one."""
-    for prompt in prompts:
-        token_ids = components.tokenizer(f"{prompt} {negative_prompt}", verbose=False).input_ids
-        if components.placeholders and not any(ids[0] in token_ids for ids in components.placeholders.values()):
-            print(f"note: {prompt!r} holds no learned token, such as {[*components.placeholders][0]}", file=sys.stderr)
 
 
 def main(argv=None):

@@ -1,7 +1,7 @@
-"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): teach a frozen Stable Diffusion a new token from a few images.
+r"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): teach a frozen Stable Diffusion a token from a few images.
 
     python train.py                         # on the bundled model, without a network: a minute on two cores
-    python train.py --model CompVis/stable-diffusion-v1-4 --images my_cat --placeholder_token "<kat>" \\
+    python train.py --model CompVis/stable-diffusion-v1-4 --images my_cat --placeholder_token "<kat>" \
         --initializer_token cat             # on a real checkpoint
 
 All that is learned is the new token's row (or rows) in the text encoder's token table. Read this file from the top down
@@ -32,19 +32,18 @@ from model_utils import UserError
 # --- The method -------------------------------------------------------------------------------------------------------
 
 
-def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask=None):
+def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask):
     """Denoising loss of each image [B]. Edit this to try another loss.
 
     latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
-    token; mask [B, 1, h, w], how much each latent pixel counts (all equally if None). Equation 2 of Gal et al. 2022,
-    the mean squared error of DDPM (Ho et al. 2020, equation 14).
+    token; mask [B, 1, h, w], how much each latent pixel counts. Equation 2 of Gal et al. 2022, the mean squared error
+    of DDPM (Ho et al. 2020, equation 14).
     """
     noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample  # [B, 4, h, w]
     target = schedule.target(latents, noise, timesteps)  # the noise itself, or v
-    error = (noise_pred.float() - target.float()).square()  # [B, 4, h, w]
-    weight = torch.ones_like(error) if mask is None else mask
-    return (weight * error).mean(dim=(1, 2, 3)) / weight.mean(dim=(1, 2, 3))  # [B]
+    error = (noise_pred.float() - target).square()  # [B, 4, h, w]
+    return (mask * error).mean(dim=(1, 2, 3)) / mask.mean(dim=(1, 2, 3))  # [B], the mean over what counts
 
 
 def sample_timesteps(batch_size, num_train_timesteps, generator, sampling):
@@ -63,8 +62,8 @@ def learning_rate(step, args):
     peak = args.lr * (args.batch_size * args.grad_accum if args.scale_lr else 1)
     if step < args.lr_warmup_steps and args.lr_scheduler != "constant":
         return peak * (step + 1) / args.lr_warmup_steps
-    done = (step - args.lr_warmup_steps) / max(1, args.steps - args.lr_warmup_steps)
-    factor = {"linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    progress = (step - args.lr_warmup_steps) / max(1, args.steps - args.lr_warmup_steps)
+    factor = {"linear": 1 - progress, "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}
     return peak * factor.get(args.lr_scheduler, 1.0)
 
 
@@ -79,7 +78,10 @@ EVAL_SEED = 2**32  # in place of a step's number, and larger than any: seeds the
 
 
 def draw_batch(dataset, batch_size, schedule, step, args):
-    """Everything random in a step, on the CPU -> latents, noise [B, 4, h, w], timesteps [B], token_ids [B, L], mask."""
+    """All that is random in a step (its number, or EVAL_SEED), on the CPU.
+
+    -> latents, noise [B, 4, h, w], timesteps [B], token_ids [B, L], mask [B, 1, h, w]
+    """
     generator = step_generator(args.seed, step)
     latents, noise, token_ids, mask = data.draw_examples(dataset, batch_size, generator)
     timesteps = sample_timesteps(batch_size, schedule.num_train_timesteps, generator, args.timestep_sampling)
@@ -88,25 +90,19 @@ def draw_batch(dataset, batch_size, schedule, step, args):
 
 def split(batch, count):
     """A batch in `count` parts. Each has every count-th example, and so covers the whole range of timesteps too."""
-    return [[tensor[i::count] for tensor in batch] for i in range(count)]
+    return [[tensor[i::count] for tensor in batch] for i in range(min(count, len(batch[0])))]
 
 
 def batch_loss(components, batch):
     """The loss [B] of a batch, which is copied to the device here."""
     unet, schedule, device = components.unet, components.schedule, components.device
-    on_cuda = device.type == "cuda"
-    copied = [(x.pin_memory() if on_cuda else x).to(device, non_blocking=on_cuda) for x in batch]  # waits for no GPU
-    latents, noise, timesteps, token_ids, mask = copied
+    on_cuda = device.type == "cuda"  # a copy from pinned memory does not wait for the GPU
+    copies = [(tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda) for tensor in batch]
+    latents, noise, timesteps, token_ids, mask = copies
+    # Latents and learned rows are fp32, the frozen weights may be half: autocast converts what meets them
     with torch.autocast(device.type, unet.dtype, enabled=unet.dtype != torch.float32):
         text_embeddings = components.text_encoder(token_ids).last_hidden_state  # [B, L, dim]
-        return inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask).float()
-
-
-@torch.no_grad()
-def evaluation_loss(components, batch, batch_size):
-    """The mean loss of the evaluation batch: always the same examples, while the loss of the steps is noisy."""
-    parts = split(batch, math.ceil(len(batch[0]) / batch_size))
-    return torch.cat([batch_loss(components, part) for part in parts]).mean().item()
+        return inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask)
 
 
 def join_processes(device):
@@ -120,31 +116,30 @@ def join_processes(device):
 
 
 def train(args):
-    """Learn the token -> the run's folder. UserError if it cannot be done.
-
-    args: from parse_options; what the model decides is filled in here (lr, resolution, output_dir), for config.json.
-    """
-    # 1. The frozen model, with the new token's rows, which start as the initializer's; the data
+    """Learn the token -> the run's folder. args: of parse_options; lr, resolution and output_dir are filled in here."""
+    # 1. The frozen model with the new token's rows, which start as the initializer's, and the data
     device = mu.choose_device(args.device)
     rank, processes = join_processes(device)
     dtype = mu.DTYPES[args.precision]
     components = mu.load_components(args.model, dtype, args.revision, args.variant).to(device)
     if args.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
-    table = components.text_encoder.get_input_embeddings().weight  # [V, dim]
     init_rows = mu.initial_rows(components, args.initializer_token, args.num_vectors, args.seed).to(device)  # [n, dim]
-    learned_rows = mu.add_tokens(components, [(args.placeholder_token, init_rows)], "--placeholder_token")
-    args.lr = args.lr or table.float().square().mean().sqrt().item()  # --recipe fast leaves it open
+    if args.lr is None:  # --recipe fast: the root mean square of the vocabulary's entries
+        args.lr = components.text_encoder.get_input_embeddings().weight.float().square().mean().sqrt().item()
+    # LearnedEmbedding takes the place of the token table. Its rows are all that learns, whenever text_encoder is called
+    learned_rows = mu.add_tokens(components, [(args.placeholder_token, init_rows)], "--placeholder_token")  # [n, dim]
     args.resolution = args.resolution or components.resolution
     if args.resolution % components.pixels_per_latent:
         raise UserError(f"--resolution {args.resolution}: take a multiple of {components.pixels_per_latent} pixels.")
-    captions = (args.placeholder_token, args.learnable_property, args.templates)
-    dataset = data.load_dataset(components, args.images, args.resolution, *captions)
-    training = components._replace(unet=torch.compile(components.unet)) if args.compile else components
+    dataset = data.load_dataset(
+        components, args.images, args.resolution, args.placeholder_token, args.learnable_property, args.templates
+    )
+    compiled = components._replace(unet=torch.compile(components.unet)) if args.compile else components
 
     # 2. The optimizer, and the run's folder, from which a resumed run is restored
-    optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: no sync with CUDA
-    # fp16: the loss is scaled up so that small gradients do not vanish; a step whose gradient overflows is skipped
+    optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: waits for no GPU
+    # fp16: the loss is scaled up so that small gradients do not vanish
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     folder = Path(args.output_dir) if args.output_dir else free_folder(args.placeholder_token)
     first_step, log = restore(folder, learned_rows, optimizer, scaler) if args.resume else (0, [])
@@ -157,48 +152,51 @@ def train(args):
         if args.preview_steps and first_step == 0:
             save_preview(components, dataset, folder, 0, args)
 
-    # 3. The loop
-    step_images = args.batch_size * args.grad_accum
-    parts = processes * math.ceil(args.grad_accum / processes)
+    # 3. The loop. A step has batch_size * grad_accum images, whatever the number of processes; each gets as many parts
+    images_per_step = args.batch_size * args.grad_accum
+    num_parts = processes * math.ceil(args.grad_accum / processes)
     eval_batch = draw_batch(dataset, max(4, args.batch_size), components.schedule, EVAL_SEED, args)
-    loss_sum, loss_count = torch.zeros((), device=device), 0
+    eval_parts = split(eval_batch, math.ceil(len(eval_batch[0]) / args.batch_size))
     intervals = (args.log_steps, args.save_steps, args.preview_steps)
+    loss_sum, loss_images = torch.zeros((), device=device), 0
+    learned_rows.grad = torch.zeros_like(learned_rows)
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank > 0 or None)  # None: if no terminal
     seconds, start = 0.0, time.perf_counter()
     for step in range(first_step, args.steps):
-        # All that is random is drawn for the whole step, which goes through in parts, of which each process has its own
-        batch = draw_batch(dataset, step_images, components.schedule, step, args)
-        for part in split(batch, parts)[rank::processes]:
-            # A term on the rows themselves is one more line here, such as
-            # losses = losses + 0.01 * (learned_rows - init_rows).square().sum()
-            losses = batch_loss(training, part)  # [B]
-            # Parts and processes add up to the gradient of the mean loss of the step's images
-            scaler.scale(losses.sum() / step_images).backward()  # reaches learned_rows: all else is frozen
+        # Draw all that is random for the whole step, on the CPU. Then the step goes through in parts that fit in memory
+        batch = draw_batch(dataset, images_per_step, components.schedule, step, args)
+        for part in split(batch, num_parts)[rank::processes]:
+            losses = batch_loss(compiled, part)  # [B]
+            # A term on the rows is one line: losses = losses + 0.01 * (learned_rows - init_rows).square().sum()
+            # The gradients of all parts add up to that of the mean loss of the step's images
+            scaler.scale(losses.sum() / images_per_step).backward()
             loss_sum += losses.detach().sum()
         if processes > 1:
-            dist.all_reduce(learned_rows.grad)
+            dist.all_reduce(learned_rows.grad)  # the sum over the processes
 
-        # The gradient is clipped at its true length, so after unscaling
+        # Unscale before clipping, so that the norm is the gradient's own. In fp16 a step that overflowed is skipped
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_([learned_rows], 1.0)
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # zeros: a process may have no part of the next step
+
+        done = step + 1
         bar.update()
-        loss_count += step_images
-        done, finished = step + 1, step + 1 == args.steps
-        log_step, save_step, preview_step = (n > 0 and done % n == 0 for n in intervals)
-        if not (log_step or save_step or preview_step or finished):
+        loss_images += images_per_step
+        log_step, save_step, preview_step = (n > 0 and (done % n == 0 or done == args.steps) for n in intervals)
+        if not (log_step or save_step or preview_step):
             continue
 
-        # Now and then: the log, a preview, a checkpoint. Only here the loop waits for the device
+        # Now and then: log, preview, checkpoint. The only place that waits for the device
         if processes > 1:
             dist.all_reduce(loss_sum)
-        loss = loss_sum.item() / loss_count
+        loss = loss_sum.item() / loss_images
         seconds += time.perf_counter() - start
-        eval_loss = evaluation_loss(components, eval_batch, args.batch_size)
-        if not math.isfinite(eval_loss):  # as it is too if the rows are not finite: nothing of that is saved
+        with torch.no_grad():  # always the same examples, while the loss of the steps is noisy
+            eval_loss = torch.cat([batch_loss(components, part) for part in eval_parts]).mean().item()
+        if not math.isfinite(eval_loss):  # as it is not either if the rows are not: nothing of that is saved
             raise UserError(f"the loss is not finite at step {done}: try --precision fp32 or an --lr below {args.lr}.")
         row = {"step": done, "loss": loss, "eval_loss": eval_loss, "lr": lr, "grad_norm": grad_norm.item()}
         row["embedding_norm"] = learned_rows.norm(dim=1).mean().item()
@@ -206,12 +204,12 @@ def train(args):
         log.append(row)
         if rank == 0:
             save_log(folder, log, bar)
-            if args.preview_steps and (preview_step or finished):
+            if preview_step:
                 save_preview(components, dataset, folder, done, args)
-            if save_step or finished:
+            if save_step:
                 save(folder, done, args, learned_rows, optimizer, scaler)
         loss_sum.zero_()
-        loss_count, start = 0, time.perf_counter()
+        loss_images, start = 0, time.perf_counter()
     bar.close()
 
     # 4. How well it went
@@ -221,10 +219,9 @@ def train(args):
         return folder
     if args.score and Path(args.model, "clip").is_dir():
         settings = sample.sampling_settings(args.model, {"batch_size": 32})
-        sample.score_run(components, folder, vars(args), seed=args.seed, **settings)
+        sample.score_run(components, folder, vars(args), num_images=64, seed=args.seed, **settings)
     prompt = sample.EDITING_PROMPTS[args.learnable_property][-1].format(args.placeholder_token)
     print(f"embedding  {folder / 'learned_embeds.safetensors'}")
-    print(f"beside it  log.jsonl, {', '.join(sorted(path.name for path in folder.glob('*.png')))}")
     print(f"speed      {seconds / (args.steps - first_step):.3f} s a step{mu.peak_memory(device)}")
     print(f'try next   python sample.py --embedding "{folder}" --prompt "{prompt}"')
     return folder
@@ -308,17 +305,13 @@ RECIPES = {
     "notebook": {"steps": 2000, "batch_size": 4, "lr": 2e-3, "lr_scheduler": "constant", "lr_warmup_steps": 0,
                  "timestep_sampling": "uniform"},
     "fast": {"steps": 250, "batch_size": 8, "lr": None, "lr_scheduler": "cosine", "lr_warmup_steps": 10,
-             "timestep_sampling": "cubic"},  # lr None: the root mean square of the vocabulary's entries
+             "timestep_sampling": "cubic"},  # lr: from the vocabulary, see train
 }  # fmt: skip
 
-# What may change when a run is resumed; anything else would change its course. More --steps stretch a decaying rate.
+# What may change when a run is resumed; all else would change its course. More --steps stretch the learning rate's.
 FREE_TO_CHANGE = """steps save_steps log_steps preview_steps preview_prompt score compile gradient_checkpointing device
 output_dir resume""".split()
-
-
-def initializer(text):
-    """Type of --initializer_token: words, or the full path of an embedding."""
-    return mu.full_path(text) if mu.is_embedding_path(text) else text
+RUN_FILES = ["config.json", "learned_embeds.safetensors"]  # a folder with one of these is not written to
 
 
 def build_parser():
@@ -330,17 +323,17 @@ def build_parser():
         help="folder or Hub id")
     add("--revision", help="revision of a Hub id")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--images", "--train_data_dir", type=mu.full_path, help="3 to 9 images in a folder, or one (default: the kat)")
+    add("--images", "--train_data_dir", type=mu.full_path, help="folder of images, or one (default: the bundled kat)")
     add("--templates", type=mu.full_path, help="file of captions with {} for the token (default: built in)")
     add("--placeholder_token", default="<kat>", help="the new token")
-    add("--initializer_token", type=initializer, help="word, embedding file or run folder to start as (default: cat)")
+    add("--initializer_token", help="word, embedding file or run folder to start as (default: cat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
     add("--num_vectors", type=mu.one_or_more, default=1, help="embedding vectors of the token")
     add("--resolution", type=mu.one_or_more, help="size of the training images (default: the model's own)")
     add = parser.add_argument_group("optimization (defaults by --recipe)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
     add("--steps", "--max_train_steps", type=mu.one_or_more, help="optimizer steps (notebook 2000, fast 250)")
-    add("--batch_size", "--train_batch_size", type=mu.one_or_more, help="images a pass (notebook 4, fast 8)")
+    add("--batch_size", "--train_batch_size", type=mu.one_or_more, help="images per forward pass (notebook 4, fast 8)")
     add("--grad_accum", "--gradient_accumulation_steps", type=mu.one_or_more, default=1, help="passes per step")
     add("--lr", "--learning_rate", type=float, help="peak learning rate (notebook 2e-3, fast: the vocabulary's rms)")
     add("--scale_lr", **flag, default=False, help="multiply the learning rate by the images per step")
@@ -380,12 +373,14 @@ def parse_options(argv=None):
         parser.set_defaults(**config)
         args = parser.parse_args(argv)
         args.output_dir = str(folder)
-    elif args.output_dir and Path(args.output_dir, "config.json").exists():
+    elif args.output_dir and any(Path(args.output_dir, name).exists() for name in RUN_FILES):
         raise UserError(f"--output_dir {args.output_dir} holds a run: add --resume, or name another folder.")
     if args.images and not args.initializer_token:
         raise UserError("--images needs --initializer_token: the word for what they show, such as cat, to start from.")
     args.images = args.images or mu.full_path(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     args.initializer_token = args.initializer_token or "cat"
+    if mu.is_embedding_path(args.initializer_token):
+        args.initializer_token = mu.full_path(args.initializer_token)
     if args.output_dir and Path(args.output_dir).resolve().is_relative_to(args.images):
         raise UserError(f"--output_dir {args.output_dir} lies in --images, whose files it would join; name another.")
     args.recipe = args.recipe or mu.read_json(Path(args.model, "model_index.json")).get("_recipe", "notebook")
@@ -393,7 +388,8 @@ def parse_options(argv=None):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.precision = mu.choose_precision(args.precision, mu.choose_device(args.device))
-    check_resumed(args, config)
+    if args.resume:
+        check_resumed(args, config)
     return args
 
 
@@ -403,8 +399,8 @@ def check_resumed(args, config):
     if changed:
         changes = ", ".join(f"--{name} was {config[name]!r} and is now {getattr(args, name)!r}" for name in changed)
         raise UserError(f"--resume would change the course of {args.output_dir}: {changes}; leave that, or start anew.")
-    path = Path(args.output_dir or "", "state.pt")
-    done = torch.load(path, weights_only=True)["step"] if config and path.exists() else 0
+    path = Path(args.output_dir, "state.pt")
+    done = torch.load(path, map_location="cpu", weights_only=True)["step"] if path.exists() else 0
     if args.steps < done:
         raise UserError(f"--steps {args.steps}: {args.output_dir} has done {done} already; name more, or start anew.")
     if args.steps == done:
@@ -412,16 +408,23 @@ def check_resumed(args, config):
         sys.exit()
 
 
+def memory_advice(args):
+    """What to change when memory has run out: first what gives the same result."""
+    smaller = args.batch_size // 2 if args.batch_size % 2 == 0 else 1
+    accum = args.batch_size * args.grad_accum // smaller
+    same = f"--batch_size {smaller} --grad_accum {accum} (the same result), then " if args.batch_size > 1 else ""
+    return f"take {same}--gradient_checkpointing, then --precision bf16"
+
+
 def main(argv=None):
     with mu.one_sentence_errors():
         args = parse_options(argv)
-    smaller = args.batch_size // 2 if args.batch_size % 2 == 0 else 1
-    same = f"--batch_size {smaller} --grad_accum {args.batch_size * args.grad_accum // smaller}"
-    with mu.one_sentence_errors(f"take {same}, for the same result, then --gradient_checkpointing, --precision bf16"):
+    with mu.one_sentence_errors(memory_advice(args)):
         try:
             train(args)
         except KeyboardInterrupt:
-            print(f'\nstopped; python train.py --resume "{args.output_dir}" goes on from its last checkpoint')
+            resume = f'; python train.py --resume "{args.output_dir}" goes on from the last checkpoint'
+            print(f"\nstopped{resume if args.output_dir else ''}")
             sys.exit(130)
 
 

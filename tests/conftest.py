@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test asks the network
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for tiny tensors more threads only wait for each other
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
@@ -220,3 +222,14 @@ def read_state(folder):
 def read_rows(folder):
     """The learned rows [n, dim] of a run, as train.py saved them."""
     return mu.load_embedding(folder)[1]
+
+
+def edited_train(*changes):
+    """A module of train.py as it is after changes (old text, new text) of its source."""
+    source = Path(train.__file__).read_text(encoding="utf-8")
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    module = types.ModuleType("edited_train")
+    exec(compile(source, "edited_train.py", "exec"), module.__dict__)
+    return module

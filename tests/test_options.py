@@ -1,0 +1,264 @@
+"""The command line: recipes, diffusers' names of options, and one sentence for each mistake that people really make."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import options, read_rows
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import model_utils as mu
+import sample
+import train
+
+ROOT = Path(train.__file__).parent
+
+
+# --- Recipes and names of options -------------------------------------------------------------------------------------
+
+
+def test_the_bundled_model_names_fast_and_any_other_gets_notebook(tiny_model):
+    recipe_of = lambda *argv: train.parse_options([*argv]).recipe  # noqa: E731
+    assert recipe_of() == recipe_of("--model", str(ROOT / "mini_sd")) == "fast"
+    assert recipe_of("--model", tiny_model) == "notebook" and recipe_of("--recipe", "notebook") == "notebook"
+    args = vars(train.parse_options(["--recipe", "notebook", "--steps", "7"]))
+    assert {name: args[name] for name in train.RECIPES["notebook"]} == train.RECIPES["notebook"] | {"steps": 7}
+
+
+def test_the_learning_rate_of_fast_is_the_root_mean_square_of_the_vocabulary(tiny_model, image_folder, tmp_path):
+    argv = ["--model", tiny_model, "--images", image_folder, "--initializer_token", "cat", "--recipe", "fast"]
+    argv += ["--steps", "1", "--no-score", "--output_dir", str(tmp_path / "run"), "--preview_steps", "0"]
+    folder = train.train(train.parse_options(argv))
+    table = mu.load_components(tiny_model).text_encoder.get_input_embeddings().weight
+    config = json.loads((folder / "config.json").read_text())
+    assert config["lr"] == pytest.approx(table.square().mean().sqrt().item()) and config["resolution"] == 16
+
+
+def test_a_command_for_diffusers_script_sets_the_same_options():
+    pasted = """--pretrained_model_name_or_path=mini_sd --train_data_dir=. --learnable_property=object
+        --placeholder_token=<toy> --initializer_token=toy --resolution=512 --train_batch_size=1
+        --gradient_accumulation_steps=4 --max_train_steps=3000 --learning_rate=5.0e-04 --scale_lr
+        --lr_scheduler=constant --lr_warmup_steps=0 --checkpointing_steps=300 --validation_prompt=hello
+        --validation_steps=50 --mixed_precision=no --seed=3 --num_vectors=2"""
+    ours = """--model mini_sd --images . --placeholder_token <toy> --initializer_token toy --resolution 512
+        --batch_size 1 --grad_accum 4 --steps 3000 --lr 5e-4 --scale_lr --lr_scheduler constant --lr_warmup_steps 0
+        --save_steps 300 --preview_prompt hello --preview_steps 50 --precision fp32 --seed 3 --num_vectors 2"""
+    args = train.parse_options(pasted.split())
+    assert args == train.parse_options(ours.split()) and args.lr == 5e-4
+    args.__dict__.update(resume="latest", output_dir="out")
+    assert train.build_parser().parse_args(["--resume_from_checkpoint", "latest"]).resume == "latest"
+    for argv in (["--num_inference_steps", "9"], ["--guidance_scale", "2"], ["--mixed_precision", "no"]):
+        assert sample.build_parser().parse_args(argv) != sample.build_parser().parse_args([])
+
+
+def test_unknown_options_are_all_named_at_once_without_the_whole_usage(capsys):
+    for main in (train.main, sample.main):
+        with pytest.raises(SystemExit) as stop:
+            main(["--stpes", "3", "--push_to_hub"])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and len(error.splitlines()) == 2
+        assert "unrecognized arguments: --stpes 3 --push_to_hub" in error
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, model, image_folder):
+    """An empty folder to work in, with files to make mistakes with."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("damaged").mkdir()
+    Path("damaged", "a.png").write_bytes(b"no image")
+    Path("one.ckpt").touch()
+    Path("templates.txt").write_text("a catkat{}s\n")
+    Path("text.bin").write_text("no embedding")
+    save_file({"<kat>": torch.zeros(768)}, "wide.safetensors")
+    save_file({"emb_params": torch.zeros(32)}, "unnamed.safetensors")
+    save_file({"<kat>": torch.zeros(32), "<pup>": torch.zeros(32)}, "two.safetensors")
+    save_file({"cat": torch.zeros(32)}, "cat.safetensors")
+    shutil.copytree(image_folder, "images")
+    return tmp_path
+
+
+TRAIN_MISTAKES = {
+    "--images nowhere": ["--images", "nowhere", "no such"],
+    "--images empty": ["--images", "empty", "no image"],
+    "--images damaged": ["--images", "damaged", "no image"],
+    "--initializer_token qqq/q.bin": ["--initializer_token", "no such file"],
+    "--initializer_token <|endoftext|>": ["--initializer_token", "no word that the model knows"],
+    "--placeholder_token cat": ["--placeholder_token 'cat'", "already a token"],
+    "--placeholder_token *": ["--placeholder_token '*'", "already a token"],
+    "--placeholder_token=": ["--placeholder_token ''", "empty"],
+    "--placeholder_token a<b>_c\td": ["--placeholder_token", "spaces"],
+    "--placeholder_token kat --templates templates.txt": ["--placeholder_token", "no separate word", "catkatkats"],
+    "--resolution 17": ["--resolution 17", "multiple of 2"],
+    "--model one.ckpt": ["--model", "one file", "from_single_file", "one.ckpt"],
+    "--model nowhere": ["--model nowhere", "no such folder"],
+    "--model empty": ["--model", "its part 'text_encoder' cannot be loaded"],
+    "--precision fp16": ["--precision fp16", "needs a GPU"],
+    "--output_dir images/run": ["--output_dir images/run", "lies in --images"],
+    "--resume empty": ["--resume", "empty is no folder of a run"],
+}
+
+
+@pytest.mark.parametrize("mistake", TRAIN_MISTAKES)
+def test_mistakes_in_training_get_one_sentence_and_write_nothing(mistake, place, refused):
+    argv = options("model", "images") + [word for part in mistake.split(" ") for word in part.split("=", 1)]
+    sentence = refused(train.main, argv)
+    assert all(word in sentence for word in TRAIN_MISTAKES[mistake]), sentence
+    assert not Path("runs").exists() and not Path("images/run").exists()
+
+
+def test_own_images_need_an_initializer(place, refused):
+    assert "--initializer_token" in refused(train.main, ["--images", "images"])
+
+
+SAMPLE_MISTAKES = {
+    "--embedding nowhere.bin": ["--embedding nowhere.bin", "no such file"],
+    "--embedding empty": ["--embedding empty", "no learned_embeds.safetensors in it"],
+    "--embedding text.bin": ["--embedding text.bin", "is no embedding"],
+    "--embedding wide.safetensors": ["width 768", "wants 32", "--model"],
+    "--embedding unnamed.safetensors": ["does not name its token", "--token"],
+    "--embedding two.safetensors": ["<kat>, <pup>", "--token"],
+    "--embedding cat.safetensors": ["--token 'cat'", "already a token"],
+    "--embedding two.safetensors --token *": ["<kat>, <pup>"],
+    "--embedding unnamed.safetensors --token *": ["--token '*'", "already a token"],
+    "--embedding unnamed.safetensors --token <a> --height 17": ["--height 17", "multiples of 2"],
+    "--embedding unnamed.safetensors --token <a> --steps 2000": ["--steps 2000", "1 to 1000"],
+    "--embedding unnamed.safetensors --token <a> --score": ["--score", "run folder"],
+    "--embedding unnamed.safetensors --token <a> --prompt " + "x" * 200 + "<a>": ["too long for '<a>'"],
+    "--prompt x --precision fp16": ["--precision fp16"],
+}
+
+
+@pytest.mark.parametrize("mistake", SAMPLE_MISTAKES)
+def test_mistakes_in_sampling_get_one_sentence(mistake, place, refused):
+    sentence = refused(sample.main, ["--model", "model", *mistake.split(" ")])
+    assert all(word in sentence for word in SAMPLE_MISTAKES[mistake]), sentence
+    assert len(sentence) < 300
+
+
+def test_without_any_run_train_py_is_named(place, refused):
+    assert "no run in runs/: train one first" in refused(sample.main, [])
+
+
+# --- Models that do not load ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "text_encoder", "vae", "unet", "scheduler"])
+def test_a_damaged_or_missing_part_of_a_model_is_named(part, model, capsys):
+    for file in (model / part).iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(mu.UserError, match=f"--model .*'{part}' cannot be loaded"):
+        mu.load_components(str(model))
+    shutil.rmtree(model / part)
+    with pytest.raises(mu.UserError, match=f"--model .*'{part}' cannot be loaded"):
+        mu.load_components(str(model))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "unet"])
+def test_missing_weights_are_not_made_up(part, model):
+    file = next((model / part).glob("*.safetensors"))
+    weights = load_file(file)
+    del weights[min(weights)]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(mu.UserError, match=f"'{part}' cannot be loaded .it lacks weights"):
+        mu.load_components(str(model))
+
+
+@pytest.mark.parametrize("other", [{"in_channels": 9}, {"cross_attention_dim": 64}])
+def test_a_model_that_is_no_stable_diffusion_1_or_2_is_refused(other, model):
+    config = json.loads((model / "unet" / "config.json").read_text())
+    UNet2DConditionModel.from_config(config | other).save_pretrained(model / "unet")
+    with pytest.raises(mu.UserError, match=f"no Stable Diffusion 1 or 2.*{[*other.values()][0]}"):
+        mu.load_components(str(model))
+
+
+def test_variants_revisions_and_dtypes_reach_every_part(model, tmp_path, tiny_model):
+    """A folder with fp16 files alone needs no option; with both, --variant chooses. fp16 files give fp32 rows."""
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None).to(torch.float16)
+    for part in (pipeline.text_encoder, pipeline.vae, pipeline.unet):
+        part.get_parameter(next(name for name, _ in part.named_parameters())).data.fill_(0.5)
+    both = shutil.copytree(model, tmp_path / "both")
+    for folder in (tmp_path / "half", both):
+        pipeline.save_pretrained(folder, variant="fp16")
+    for argv, changed in (((both,), False), ((both, "fp16"), True), ((tmp_path / "half",), True)):
+        components = mu.load_components(str(argv[0]), variant=argv[1] if argv[1:] else None)
+        for network in (components.text_encoder, components.vae, components.unet):
+            first = next(network.parameters())
+            assert first.dtype == torch.float32 and not first.requires_grad and not network.training
+            assert bool((first == 0.5).all()) == changed
+    half = mu.load_components(tiny_model, torch.bfloat16)
+    assert (half.unet.dtype, half.text_encoder.dtype, half.vae.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+def test_the_length_of_a_prompt_is_what_the_text_encoder_reads(model):
+    file = model / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 10**30}))
+    assert mu.load_components(str(model)).tokenizer.model_max_length == 32
+
+
+# --- Device, precision, memory, defects -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("available, chosen", [(["cuda", "mps"], "cuda"), (["mps"], "mps"), ([], "cpu")])
+def test_the_fastest_device_is_chosen_and_a_missing_one_refused(available, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in available)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in available)
+    assert mu.choose_device("auto") == torch.device(chosen) and mu.choose_device("cpu") == torch.device("cpu")
+    for missing in {"cuda", "mps"} - set(available):
+        with pytest.raises(mu.UserError, match=f"--device {missing}"):
+            mu.choose_device(missing)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_precision_is_half_on_a_gpu_and_full_elsewhere(bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    cpu, cuda, mps = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+    assert mu.choose_precision("auto", cuda) == ("bf16" if bf16 else "fp16")
+    chosen = [mu.choose_precision(*pair) for pair in (("auto", cpu), ("auto", mps), ("no", cuda), ("bf16", cpu))]
+    assert chosen == ["fp32", "fp32", "fp32", "bf16"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()]
+)
+def test_out_of_memory_names_the_options_that_give_the_same_result(error, place, refused, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "inversion_loss", fail)
+    argv = options("model", "images", "--batch_size", "4", "--output_dir", "run")
+    assert "--batch_size 2 --grad_accum 2" in refused(train.main, argv)
+    monkeypatch.setattr(sample, "sample_latents", fail)
+    assert "--batch_size" in refused(sample.main, ["--model", "model", "--prompt", "a cat"])
+
+
+def test_a_defect_keeps_its_traceback(place, monkeypatch):
+    monkeypatch.setattr(train, "inversion_loss", lambda *_: None)
+    with pytest.raises(AttributeError):
+        train.main(options("model", "images"))
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_both_scripts_run_as_programs_from_any_folder(script, place):
+    argv = [sys.executable, str(ROOT / script), "--model", "model", "--steps", "1"]
+    more = options("model", "images", steps=1) if script == "train.py" else ["--prompt", "a cat", "--num_images", "1"]
+    done = subprocess.run([*argv, *more], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = {"train.py": "runs/kat/learned_embeds.safetensors", "sample.py": "samples/0000.png"}
+    assert Path(written[script]).exists()
+    if script == "sample.py":
+        assert Image.open("samples/0000.png").size == (16, 16)
+    else:
+        assert read_rows("runs/kat").shape == (1, 32)
+    shown = subprocess.run([*argv[:2], "--help"], capture_output=True, text=True).stdout
+    assert "--steps" in shown and "usage: python" in shown

@@ -1,0 +1,284 @@
+"""Noise schedules, samplers, guidance and images are those of diffusers, and the samplers solve their equation.
+
+Where no tolerance is stated, equal means the same numbers. Two correct programs round differently in fp32: the parts
+are compared to about its precision, images to one of 255 levels of a pixel.
+"""
+
+import math
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
+
+import model_utils as mu
+from sample import SAMPLERS, generate, inference_timesteps, sample_latents
+
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+STABLE_DIFFUSION |= {"clip_sample": False, "set_alpha_to_one": False}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}
+SCHEDULERS["dpm++"] = diffusers.DPMSolverMultistepScheduler
+SPACINGS = ["leading", "linspace", "trailing", None]  # Stable Diffusion 1.4's file names none
+PROMPTS = ["a photo of a <kat> and a <pup>", "two dogs at night"]
+
+
+def given(config):
+    """A scheduler_config.json as a dict, without the entries that are None."""
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def start(batch=3):
+    """Pure noise [B, 4, 6, 6], and the generators that it came from."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+    return torch.cat([torch.randn(1, 4, 6, 6, generator=generator) for generator in generators]), generators
+
+
+def assert_near(ours, theirs, tolerance=1e-4):
+    """No number is further off than tolerance x the largest one."""
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+# --- The noise schedule -----------------------------------------------------------------------------------------------
+
+NOISE_LEVELS = [{}, {"beta_schedule": "scaled_linear"}, STABLE_DIFFUSION, STABLE_DIFFUSION | ZERO_SNR]
+NOISE_LEVELS += [{"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.01, "num_train_timesteps": 500}]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("config", NOISE_LEVELS)
+def test_noise_levels_noise_and_targets_equal_diffusers(config, prediction_type):
+    config = config | {"prediction_type": prediction_type}
+    schedule, theirs = mu.make_schedule(config), diffusers.DDPMScheduler.from_config(config)
+    timesteps = torch.linspace(0, len(theirs.alphas_cumprod) - 1, 8).long()
+    latents, noise = torch.randn(2, 8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert_near(schedule.alphas_cumprod, theirs.alphas_cumprod, 1e-6)
+    assert_near(schedule.add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps), 1e-6)
+    target = noise if prediction_type == "epsilon" else theirs.get_velocity(latents, noise, timesteps)
+    assert_near(schedule.target(latents, noise, timesteps), target, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_in_half_precision_get_the_noise_level_of_fp32(dtype):
+    schedule = mu.make_schedule(STABLE_DIFFUSION | {"prediction_type": "v_prediction"})
+    timesteps = torch.tensor([0, 1, 10, 500, 999])
+    zeros, ones = torch.zeros(5, 4, 2, 2, dtype=dtype), torch.ones(5, 4, 2, 2, dtype=dtype)
+    signal, sigma = (x.double().sqrt() for x in (schedule.alphas_cumprod, 1 - schedule.alphas_cumprod))
+    for found, level in (
+        (schedule.add_noise(zeros, ones, timesteps), sigma),
+        (schedule.add_noise(ones, zeros, timesteps), signal),
+        (schedule.target(ones, zeros, timesteps), -sigma),
+    ):
+        assert found.dtype == dtype
+        error = found.double() / level[timesteps].view(5, 1, 1, 1) - 1
+        assert error.abs().max() <= 1.001 * torch.finfo(dtype).eps / 2  # half a last digit, and the rounding of fp32
+
+
+def test_a_schedule_keeps_what_the_checkpoint_says_and_what_it_leaves_out_has_diffusers_default():
+    told = mu.make_schedule(STABLE_DIFFUSION | ZERO_SNR | {"timestep_spacing": "trailing"})
+    assert told[1:] == ("v_prediction", "trailing", False) and told.alphas_cumprod[-1] == 0
+    defaults = diffusers.DDIMScheduler().config
+    assert mu.make_schedule({})[1:] == (defaults.prediction_type, None, defaults.set_alpha_to_one)
+
+
+@pytest.mark.parametrize("entry", [{"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "sample"}])
+def test_noise_that_is_not_written_out_is_refused(entry):
+    with pytest.raises(ValueError, match=next(iter(entry.values()))):
+        mu.make_schedule(STABLE_DIFFUSION | entry)
+
+
+# --- Timesteps and trajectories ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [1000, 500])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_timesteps_are_diffusers_integers(sampler, spacing, total):
+    config = given(STABLE_DIFFUSION | {"num_train_timesteps": total, "timestep_spacing": spacing})
+    schedule, scheduler = mu.make_schedule(config), SCHEDULERS[sampler].from_config(config)
+    differ = []
+    for steps in [*range(1, 120), *range(120, total - 2, 37), total - 2, total - 1, total]:
+        scheduler.set_timesteps(steps)
+        theirs, timesteps = scheduler.timesteps.tolist(), inference_timesteps(schedule, steps, sampler)
+        assert len(timesteps) == steps and timesteps == sorted(set(timesteps), reverse=True)
+        assert 0 <= timesteps[-1] and timesteps[0] < total
+        if timesteps != theirs[:steps]:  # a rounding error can give them one too many
+            differ.append(steps)
+    usual = spacing or ("linspace" if sampler == "dpm++" else "leading")
+    impossible = {("leading", "ddim"): 1, ("leading", "ddpm"): 1, ("leading", "dpm++"): 2, ("linspace", "dpm++"): 1}
+    # theirs: the timestep `total`, which does not exist, or one timestep twice
+    assert differ == [total - 1, total][2 - impossible.get((usual, sampler), 0) :]
+
+
+def toy(x, t):
+    """A smooth stand-in for the UNet that depends on its image and on t."""
+    mix = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) / 2
+    image = torch.linspace(-1, 1, len(x)).view(-1, 1, 1, 1)
+    mixed = torch.einsum("ij,bjhw->bihw", mix, x)
+    return 0.6 * torch.sin(mixed + float(t) / 300) + 0.5 * x + 0.3 * math.cos(float(t) / 150) * image
+
+
+def trajectory(sampler, schedule, steps, denoise=toy):
+    """{t: the latents that the sampler hands to the denoiser}, with its result as -1."""
+    (latents, generators), visited = start(), {}
+
+    def watched(x, t):
+        visited[t] = x
+        return denoise(x, t)
+
+    timesteps = inference_timesteps(schedule, steps, sampler)
+    return visited | {-1: SAMPLERS[sampler](watched, latents, timesteps, schedule, generators)}
+
+
+def their_trajectory(sampler, config, steps):
+    scheduler, (latents, generators), visited = SCHEDULERS[sampler].from_config(config), start(), {}
+    scheduler.set_timesteps(steps)
+    noise_source = {} if sampler == "dpm++" else {"generator": generators}
+    for t in scheduler.timesteps:
+        visited[t.item()] = latents
+        latents = scheduler.step(toy(latents, t), t, latents, **noise_source).prev_sample
+    return visited | {-1: latents}
+
+
+@pytest.mark.parametrize("changes", [{}, {"prediction_type": "v_prediction", "set_alpha_to_one": True}, ZERO_SNR])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_trajectories_equal_diffusers_step_by_step(sampler, spacing, changes):
+    config = given(STABLE_DIFFUSION | changes | {"timestep_spacing": spacing})
+    for steps in (1, 2, 3, 14, 15, 25):
+        ours, theirs = trajectory(sampler, mu.make_schedule(config), steps), their_trajectory(sampler, config, steps)
+        assert list(ours) == list(theirs)
+        for t in ours:
+            assert_near(ours[t], theirs[t])
+
+
+@pytest.mark.parametrize("sampler, order, largest", [("ddim", 1, 0.02), ("dpm++", 2, 0.002)])
+def test_samplers_without_noise_approach_the_exact_solution_at_their_order(sampler, order, largest):
+    """Of pixels from N(0, 0.5^2) all is known: the best denoiser, and that the ODE stretches x with its deviation."""
+    schedule, errors = mu.make_schedule(STABLE_DIFFUSION | {"timestep_spacing": "trailing"}), []
+
+    def deviation(t):
+        return math.sqrt(schedule.alphas_cumprod[t].item() * (0.5**2 - 1) + 1)
+
+    def best_denoiser(x, t):
+        return x * math.sqrt(1 - schedule.alphas_cumprod[t].item()) / deviation(t) ** 2
+
+    for steps in (25, 100):
+        x = trajectory(sampler, schedule, steps, best_denoiser)
+        exact = x[999] * deviation(199) / deviation(999)  # four fifths of the way
+        errors.append((x[199] - exact).abs().max().item())
+    assert errors[1] < largest
+    assert errors[0] / errors[1] == pytest.approx(4**order, rel=0.3)  # four times the steps
+
+
+# --- Guidance ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance, guided", [(0.0, False), (1.0, False), (1.01, True), (7.5, True)])
+def test_guidance_is_one_call_of_both_halves_and_at_one_or_less_the_prompt_alone(guidance, guided):
+    latents, calls, finished = start(2)[0], [], []
+    text, negative = torch.full((2, 5, 8), 0.3), torch.full((2, 5, 8), -0.2)
+
+    def unet(x, t, encoder_hidden_states):
+        calls.append(len(x))
+        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1))
+
+    unet.dtype, schedule = torch.float32, mu.make_schedule(STABLE_DIFFUSION)
+    settings = (latents, 7, guidance, "ddim", None, lambda: finished.append(1))
+    found = sample_latents(unet, schedule, text, negative, *settings)
+    assert calls == [4 if guided else 2] * 7 and len(finished) == 7
+    condition = -0.2 + guidance * (0.3 - -0.2) if guided else 0.3
+    timesteps = inference_timesteps(schedule, 7, "ddim")
+    expected = SAMPLERS["ddim"](lambda x, t: 0.1 * x + condition, latents, timesteps, schedule)
+    assert_near(found, expected, 1e-5)
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
+
+
+def load_both(model, folder):
+    """A folder's components and diffusers' pipeline, both with <kat> of three vectors and <pup> of one."""
+    components = mu.load_components(model).to(torch.device("cpu"))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    table = components.text_encoder.get_input_embeddings().weight
+    rows = table.std() * torch.randn(4, table.shape[1], generator=torch.Generator().manual_seed(3))
+    tokens = [("<kat>", rows[:3]), ("<pup>", rows[3:])]
+    for token, vectors in tokens:
+        mu.save_embedding(folder / "embedding.safetensors", token, vectors, "a model")
+        pipeline.load_textual_inversion(str(folder / "embedding.safetensors"))
+    mu.add_tokens(components, tokens, "--token")
+    return components, pipeline
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model, tmp_path_factory):
+    return load_both(tiny_model, tmp_path_factory.mktemp("tiny"))
+
+
+def assert_same_pixels(images, others):
+    for image, other in zip(images, others, strict=True):
+        image, other = np.asarray(image, dtype=int), np.asarray(other, dtype=int)
+        assert image.shape == other.shape and np.abs(image - other).max() <= 1
+        assert image.std() > 5  # something is in it
+
+
+def compare(both, sampler, steps, guidance, negative_prompt="", changes=(), **size):
+    """Generate PROMPTS with both programs from the same seeds, with changes to the checkpoint's schedule."""
+    components, pipeline = both
+    config = given(STABLE_DIFFUSION | {"timestep_spacing": "leading"} | dict(changes))
+    pipeline.scheduler = SCHEDULERS[sampler].from_config(config)
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": [negative_prompt] * 2}
+    expected = pipeline(PROMPTS, generator=generators, **settings, **size).images
+    components = components._replace(schedule=mu.make_schedule(config))
+    ours = list(generate(components, PROMPTS, [7, 8], negative_prompt, steps, guidance, sampler, **size))
+    assert_same_pixels(ours, expected)
+
+
+@pytest.mark.parametrize("guidance, negative_prompt", [(0.0, ""), (1.0, "a toy"), (7.5, ""), (7.5, "a red toy")])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_images_equal_diffusers(tiny, sampler, guidance, negative_prompt):
+    for steps in (1, 6):
+        compare(tiny, sampler, steps, guidance, negative_prompt)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_images_equal_diffusers_with_v_prediction_and_each_spacing(tiny, sampler, spacing):
+    compare(tiny, sampler, 5, 5.0, changes={"prediction_type": "v_prediction", "timestep_spacing": spacing})
+    compare(tiny, sampler, 5, 5.0, changes={"timestep_spacing": spacing}, height=24, width=16)
+
+
+def test_images_of_the_bundled_model_equal_diffusers(tmp_path):
+    both = load_both(mu.DEFAULT_MODEL, tmp_path)
+    for sampler in SAMPLERS:
+        compare(both, sampler, 4, 4.0, "a red hat")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch(tiny, sampler):
+    prompts, seeds = [*PROMPTS, "a <pup>", "a cat", "a toy"], [5, 9, 2, 7, 7]
+    settings = {"negative_prompt": "a red toy", "steps": 5, "sampler": sampler}
+    together = list(generate(tiny[0], prompts, seeds, batch_size=5, **settings))
+    assert together[3].tobytes() != together[4].tobytes()
+    for size in (1, 2):  # matrices of another size may be summed in another order
+        assert_same_pixels(generate(tiny[0], prompts, seeds, batch_size=size, **settings), together)
+    others = list(generate(tiny[0], ["a cat", *prompts], [1, *seeds], batch_size=5, **settings))
+    assert_same_pixels(others[1:], together)
+
+
+def test_latents_and_images_are_those_of_the_vae_and_pixels_those_of_diffusers(tiny):
+    components, vae, processor = tiny[0], tiny[1].vae, VaeImageProcessor()
+    images = torch.rand(5, 3, 24, 16, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    ours, theirs = mu.to_pil(images), processor.postprocess(images)
+    assert [(image.size, image.tobytes()) for image in ours] == [((16, 24), image.tobytes()) for image in theirs]
+    mean, std = mu.encode_images(components, images)
+    with torch.no_grad():
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.mean).sample
+    assert_near(mean, 0.7 * posterior.mean)  # 0.7: the tiny model's scaling factor
+    assert_near(std, 0.7 * posterior.std)
+    assert_same_pixels(mu.decode_latents(components, mean), processor.postprocess(decoded))
