@@ -219,7 +219,7 @@ def train(args):
         return folder
     if args.score and Path(args.model, "clip").is_dir():
         settings = sample.sampling_settings(args.model, {"batch_size": 32})
-        sample.score_run(components, folder, vars(args), num_images=64, seed=args.seed, **settings)
+        sample.score_run(components, folder, vars(args), num_images=32, seed=args.seed, **settings)
     prompt = sample.EDITING_PROMPTS[args.learnable_property][-1].format(args.placeholder_token)
     print(f"embedding  {folder / 'learned_embeds.safetensors'}")
     print(f"speed      {seconds / (args.steps - first_step):.3f} s a step{mu.peak_memory(device)}")
@@ -304,7 +304,7 @@ def save_preview(components, dataset, folder, step, args):
 RECIPES = {
     "notebook": {"steps": 2000, "batch_size": 4, "lr": 2e-3, "lr_scheduler": "constant", "lr_warmup_steps": 0,
                  "timestep_sampling": "uniform"},
-    "fast": {"steps": 250, "batch_size": 8, "lr": None, "lr_scheduler": "cosine", "lr_warmup_steps": 10,
+    "fast": {"steps": 175, "batch_size": 8, "lr": None, "lr_scheduler": "cosine", "lr_warmup_steps": 10,
              "timestep_sampling": "cubic"},  # lr: from the vocabulary, see train
 }  # fmt: skip
 
@@ -332,7 +332,7 @@ def build_parser():
     add("--resolution", type=mu.one_or_more, help="size of the training images (default: the model's own)")
     add = parser.add_argument_group("optimization (defaults by --recipe)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
-    add("--steps", "--max_train_steps", type=mu.one_or_more, help="optimizer steps (notebook 2000, fast 250)")
+    add("--steps", "--max_train_steps", type=mu.one_or_more, help="optimizer steps (notebook 2000, fast 175)")
     add("--batch_size", "--train_batch_size", type=mu.one_or_more, help="images per forward pass (notebook 4, fast 8)")
     add("--grad_accum", "--gradient_accumulation_steps", type=mu.one_or_more, default=1, help="passes per step")
     add("--lr", "--learning_rate", type=float, help="peak learning rate (notebook 2e-3, fast: the vocabulary's rms)")

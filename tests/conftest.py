@@ -64,60 +64,21 @@ def tiny_model(tmp_path_factory):
     clip = transformers.CLIPModel(config)
     text_encoder = transformers.CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.7,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=TEXT_WIDTH,
-    )
-    scheduler = PNDMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, **ends, sample_size=16, scaling_factor=0.7)
+    ends = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    ends |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": 4, "layers_per_block": 1}
+    unet = UNet2DConditionModel(**blocks, **ends, sample_size=8, cross_attention_dim=TEXT_WIDTH)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    scheduler = PNDMScheduler(**betas, skip_prk_steps=True, steps_offset=1)
     scheduler.register_to_config(clip_sample=False)  # as in Stable Diffusion 1.4's file
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    parts = (vae, text_encoder, tokenizer, unet, scheduler, None, None)
+    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
     clip.save_pretrained(folder / "clip")
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": 16},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": 16, "width": 16},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "do_convert_rgb": True,
-    }
-    (folder / "clip" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    transformers.CLIPImageProcessorPil(**size).save_pretrained(folder / "clip")
     return str(folder)
 
 

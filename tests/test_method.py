@@ -252,26 +252,6 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(learn, monkeypatc
     torch.testing.assert_close(read_rows(saving), read_rows(plain), rtol=1e-6, atol=0)
 
 
-def test_only_the_steps_run_compiled(learn, monkeypatch):
-    """Without gradient (evaluation batch, previews) the UNet would be compiled a second time."""
-    calls = []
-
-    class Compiled:
-        def __init__(self, unet):
-            self.unet = unet
-
-        def __getattr__(self, name):
-            return getattr(self.unet, name)
-
-        def __call__(self, *args):
-            calls.append(torch.is_grad_enabled())
-            return self.unet(*args)
-
-    monkeypatch.setattr(torch, "compile", Compiled)
-    folder = learn("--compile", "--log_steps", "1", "--preview_steps", "2")
-    assert calls == [True] * 4 and torch.equal(read_rows(folder), read_rows(learn(out="eager")))
-
-
 @pytest.fixture
 def two_threads():
     threads = torch.get_num_threads()

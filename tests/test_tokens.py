@@ -5,7 +5,6 @@ What is no embedding is said in one sentence, and nothing in a stranger's file c
 
 import os
 import re
-import resource
 from collections import OrderedDict
 from pathlib import Path
 
@@ -257,6 +256,7 @@ def test_a_hostile_pickle_runs_no_code_at_any_door(run, model):
 
 
 def test_a_write_that_is_interrupted_leaves_the_old_file_whole(tmp_path):
+    resource = pytest.importorskip("resource")  # not on Windows
     path, limits = tmp_path / "state.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     mu.write_whole(path, b"old")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as if the disk were full after that many bytes
