@@ -36,10 +36,10 @@ STYLE_TEMPLATES = [f"{what} in the style of {{}}" for what in [
 ]]  # fmt: skip
 
 
-def read_templates(path, token):
-    """The lines of a text file, each with {} for the token; a line without it or the token gets '{}, ' in front."""
+def read_templates(path):
+    """The lines of a text file, with {} for the token; a line without it gets '{}, ' in front."""
     lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    return [line if "{}" in line or token in line else f"{{}}, {line}" for line in map(str.strip, lines) if line]
+    return [line if "{}" in line else f"{{}}, {line}" for line in map(str.strip, lines) if line]
 
 
 # --- Reading images ---------------------------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ def load_dataset(components, folder, resolution, token, learnable_property="obje
     """
     images, alpha, paths = load_images(folder, resolution)
     built_in = STYLE_TEMPLATES if learnable_property == "style" else OBJECT_TEMPLATES
-    templates = read_templates(templates_file, token) if templates_file else built_in
+    templates = read_templates(templates_file) if templates_file else built_in
     own = [path.with_suffix(".txt") for path in paths]  # beside the images
-    rows = [(file.is_file() and read_templates(file, token)) or templates for file in own]
+    rows = [(file.is_file() and read_templates(file)) or templates for file in own]
     longest = max(map(len, rows))  # shorter lists begin again
     captions = [row[i % len(row)].replace("{}", token) for row in rows for i in range(longest)]
     token_ids = mu.tokenize(components, captions)  # [N * T, L]

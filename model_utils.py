@@ -68,8 +68,9 @@ def make_schedule(config):
     What the file leaves out has diffusers' default.
     """
     kind, prediction_type = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
-    if kind not in ("linear", "scaled_linear") or prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"{kind!r} betas or prediction of {prediction_type!r} are not written out here")
+    known = kind in ("linear", "scaled_linear") and prediction_type in ("epsilon", "v_prediction")
+    if not known or config.get("trained_betas"):
+        raise ValueError(f"{kind!r} or trained betas, or predicting {prediction_type!r}, is not written out here")
     power = 0.5 if kind == "scaled_linear" else 1  # latent diffusion's own: linear in the square root
     start, end = config.get("beta_start", 1e-4) ** power, config.get("beta_end", 0.02) ** power
     betas = torch.linspace(start, end, config.get("num_train_timesteps", 1000)) ** (1 / power)
@@ -138,7 +139,7 @@ def initial_rows(components, initializer, num_vectors, seed):
 def is_embedding_path(initializer):
     """Whether an initializer names an embedding's file or folder, and is not words."""
     path = Path(initializer)
-    return len(path.parts) > 1 or path.suffix in EMBEDDING_SUFFIXES or Path(path, "learned_embeds.safetensors").exists()
+    return len(path.parts) > 1 or path.suffix in EMBEDDING_SUFFIXES or any(path.glob("learned_embeds.*"))
 
 
 def add_tokens(components, tokens, option):

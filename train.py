@@ -90,7 +90,7 @@ def draw_batch(dataset, batch_size, schedule, step, args):
 
 def split(batch, count):
     """A batch in `count` parts. Each has every count-th example, and so covers the whole range of timesteps too."""
-    return [[tensor[i::count] for tensor in batch] for i in range(min(count, len(batch[0])))]
+    return [[tensor[i::count].contiguous() for tensor in batch] for i in range(min(count, len(batch[0])))]
 
 
 def batch_loss(components, batch):
@@ -138,9 +138,11 @@ def train(args):
     compiled = components._replace(unet=torch.compile(components.unet)) if args.compile else components
 
     # 2. The optimizer, and the run's folder, from which a resumed run is restored
-    optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=True)  # fused: waits for no GPU
+    # Another optimizer is this one line; fused, AdamW can skip a step without waiting for the GPU (not so on MPS)
+    optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=device.type != "mps")
     # fp16: the loss is scaled up so that small gradients do not vanish
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler.scale(torch.zeros((), device=device))  # makes its scale, also in a process that has no part of a step
     folder = Path(args.output_dir) if args.output_dir else free_folder(args.placeholder_token)
     first_step, log = restore(folder, learned_rows, optimizer, scaler) if args.resume else (0, [])
     if rank == 0:
@@ -294,6 +296,7 @@ def save_preview(components, dataset, folder, step, args):
         sheet.paste(below, (0, above.height))
         sample.save_png(sheet, path, {"step": step})
     except Exception as error:  # no memory left, a full disk
+        components.vae.to("cpu")  # it may have failed on the device
         print(f"note: no preview of step {step} ({mu.reason(error)})", file=sys.stderr)
 
 
@@ -325,23 +328,23 @@ def build_parser():
     add("--variant", help="variant of the weight files, such as fp16")
     add("--images", "--train_data_dir", type=mu.full_path, help="folder of images, or one (default: the bundled kat)")
     add("--templates", type=mu.full_path, help="file of captions with {} for the token (default: built in)")
-    add("--placeholder_token", default="<kat>", help="the new token")
+    add("--placeholder_token", default="<kat>", help="the new token (default: <kat>)")
     add("--initializer_token", help="word, embedding file or run folder to start as (default: cat)")
-    add("--learnable_property", choices=["object", "style"], default="object", help="what the token stands for")
-    add("--num_vectors", type=mu.one_or_more, default=1, help="embedding vectors of the token")
+    add("--learnable_property", choices=["object", "style"], default="object", help="what it is (default: object)")
+    add("--num_vectors", type=mu.one_or_more, default=1, help="vectors of the token (1)")
     add("--resolution", type=mu.one_or_more, help="size of the training images (default: the model's own)")
     add = parser.add_argument_group("optimization (defaults by --recipe)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
     add("--steps", "--max_train_steps", type=mu.one_or_more, help="optimizer steps (notebook 2000, fast 175)")
     add("--batch_size", "--train_batch_size", type=mu.one_or_more, help="images per forward pass (notebook 4, fast 8)")
-    add("--grad_accum", "--gradient_accumulation_steps", type=mu.one_or_more, default=1, help="passes per step")
+    add("--grad_accum", "--gradient_accumulation_steps", type=mu.one_or_more, default=1, help="passes per step (1)")
     add("--lr", "--learning_rate", type=float, help="peak learning rate (notebook 2e-3, fast: the vocabulary's rms)")
     add("--scale_lr", **flag, default=False, help="multiply the learning rate by the images per step")
     add("--lr_scheduler", choices=["constant", "constant_with_warmup", "linear", "cosine"],
         help="learning rate schedule (notebook constant, fast cosine)")
     add("--lr_warmup_steps", type=int, help="steps of linear warm-up (notebook 0, fast 10)")
     add("--timestep_sampling", choices=["uniform", "cubic"], help="cubic: higher noise (notebook uniform, fast cubic)")
-    add("--seed", type=int, default=0, help="random seed")
+    add("--seed", type=int, default=0, help="random seed (0)")
     add = parser.add_argument_group("hardware").add_argument
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to train on")
     add("--precision", "--mixed_precision", choices=mu.PRECISIONS, default="auto", help="precision of the weights")
@@ -351,9 +354,9 @@ def build_parser():
     add("--output_dir", "--out", help="folder of the run (default: runs/TOKEN, then runs/TOKEN-2, ...)")
     add("--resume", "--resume_from_checkpoint", nargs="?", const="latest", metavar="FOLDER",
         help="continue the run in this folder, in --output_dir, or the newest one")
-    add("--save_steps", "--checkpointing_steps", type=mu.one_or_more, default=100, help="steps between checkpoints")
-    add("--log_steps", type=mu.one_or_more, default=20, help="steps between lines of log.jsonl")
-    add("--preview_steps", "--validation_steps", type=int, default=100, help="steps between previews (0: none)")
+    add("--save_steps", "--checkpointing_steps", type=mu.one_or_more, default=100, help="steps between saves (100)")
+    add("--log_steps", type=mu.one_or_more, default=20, help="steps between lines of log.jsonl (20)")
+    add("--preview_steps", "--validation_steps", type=int, default=100, help="steps between previews (100; 0: none)")
     add("--preview_prompt", "--validation_prompt", help="prompt of the previews (default: a photo of the token)")
     add("--score", **flag, default=True, help="compute CLIP scores at the end, if the model has a clip/")
     # fmt: on
@@ -381,7 +384,7 @@ def parse_options(argv=None):
     args.initializer_token = args.initializer_token or "cat"
     if mu.is_embedding_path(args.initializer_token):
         args.initializer_token = mu.full_path(args.initializer_token)
-    if args.output_dir and Path(args.output_dir).resolve().is_relative_to(args.images):
+    if args.output_dir and not args.resume and Path(args.output_dir).resolve().is_relative_to(args.images):
         raise UserError(f"--output_dir {args.output_dir} lies in --images, whose files it would join; name another.")
     args.recipe = args.recipe or mu.read_json(Path(args.model, "model_index.json")).get("_recipe", "notebook")
     for name, value in RECIPES[args.recipe].items():

@@ -201,7 +201,7 @@ def test_captions_are_those_beside_an_image_else_the_templates(kat, tmp_path):
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
     dataset = data.load_dataset(kat, tmp_path, 16, "<kat>", templates_file=tmp_path / ".own.txt")
     templates = ["<kat> on a", "<kat>, cat", "<kat> on a"]  # shorter lists begin again
-    own = [["a <kat> toy", "two <kat>", "<kat>, red cat"], ["the <kat>"] * 3, templates, templates]
+    own = [["a <kat> toy", "<kat>, two <kat>", "<kat>, red cat"], ["the <kat>"] * 3, templates, templates]
     assert torch.equal(dataset.images[:, :, 3, 3], torch.tensor(COLOURS) / 127.5 - 1)
     assert torch.equal(dataset.token_ids, torch.stack([mu.tokenize(kat, captions) for captions in own]))
     (tmp_path / "b.txt").write_text("a photo of {}s")

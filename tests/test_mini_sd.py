@@ -1,4 +1,4 @@
-"""The bundled model: the default run learns its token, diffusers loads it, and evaluate.py says what is no noise."""
+"""The bundled model: the default run learns its token, and evaluate.py tells a difference from noise."""
 
 import importlib.util
 import json
@@ -7,13 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import diffusers
-import numpy as np
 import pytest
-import torch
 
 import model_utils as mu
-import sample
 import train
 
 MINI_SD = Path(mu.DEFAULT_MODEL)
@@ -33,17 +29,6 @@ def test_the_default_run_learns_the_token(tmp_path, monkeypatch):
     before, after = (scores[token]["clip_i"]["mean"] for token in ("cat", "<kat>"))
     assert (after - before) / (evaluate.CONCEPTS["kat"][2] - before) > 0.5  # gap closed
     assert scores["<kat>"]["clip_t"]["mean"] > 0.8 * scores["cat"]["clip_t"]["mean"]
-
-
-def test_diffusers_loads_the_bundled_model_and_generates_the_same_image():
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(MINI_SD, safety_checker=None, dtype=torch.float32)
-    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 5, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(3)}
-    theirs = np.asarray(pipeline("a photo of a cat", **settings).images[0], dtype=int)
-    components = mu.load_components(str(MINI_SD))
-    (ours,) = sample.generate(components, ["a photo of a cat"], [3], "", 5, 4.0, "ddim", progress=False)
-    assert abs(np.asarray(ours, dtype=int) - theirs).max() <= 1
 
 
 # --- The evaluation ---------------------------------------------------------------------------------------------------

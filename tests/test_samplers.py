@@ -83,7 +83,9 @@ def test_a_schedule_keeps_what_the_checkpoint_says_and_what_it_leaves_out_has_di
     assert mu.make_schedule({})[1:] == (defaults.prediction_type, None, defaults.set_alpha_to_one)
 
 
-@pytest.mark.parametrize("entry", [{"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "sample"}])
+@pytest.mark.parametrize(
+    "entry", [{"beta_schedule": "squaredcos_cap_v2"}, {"prediction_type": "sample"}, {"trained_betas": "trained"}]
+)
 def test_noise_that_is_not_written_out_is_refused(entry):
     with pytest.raises(ValueError, match=next(iter(entry.values()))):
         mu.make_schedule(STABLE_DIFFUSION | entry)
