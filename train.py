@@ -260,10 +260,9 @@ def restore(folder, learned_rows, optimizer, scaler):
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     learned_rows.data.copy_(state["rows"])
     # A pickle holds equal strings once if they are one object: interned, the next checkpoint has the same bytes
-    saved = state["optimizer"]
-    groups = [{sys.intern(key): value for key, value in group.items()} for group in saved["param_groups"]]
-    moments = {i: {sys.intern(key): value for key, value in x.items()} for i, x in saved["state"].items()}
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    moments = state["optimizer"]["state"].items()
+    interned = {i: {sys.intern(key): value for key, value in x.items()} for i, x in moments}
+    optimizer.load_state_dict(state["optimizer"] | {"state": interned})
     scaler.load_state_dict(state["scaler"])
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return state["step"], [row for row in log if row["step"] <= state["step"]]

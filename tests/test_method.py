@@ -113,7 +113,7 @@ def test_masked_pixels_do_not_count(components, batch):
     mask[..., 4:], other[..., 4:] = 0, 7
     assert torch.equal(loss(latents, mask), loss(other, mask))
     assert not torch.equal(loss(latents, 1 - mask), loss(other, 1 - mask))
-    half = (latents[..., :4], noise[..., :4], timesteps, text_embeddings, components.schedule, 0.5 * mask[..., :4])
+    half = (latents[..., :4], noise[..., :4], timesteps, text_embeddings, components.schedule, 0.1 * mask[..., :4])
     alone = train.inversion_loss(unet, *half)
     torch.testing.assert_close(loss(latents, mask), alone)  # the mean over what counts
 
@@ -205,6 +205,10 @@ def test_the_numbers_of_a_reference_run(learn):
     assert log[-1]["embedding_norm"] == pytest.approx(0.22709, rel=1e-4)
 
 
+def test_a_learning_rate_of_zero_leaves_the_rows_as_they_began(learn, components):
+    assert torch.equal(read_rows(learn("--lr", "0")), mu.initial_rows(components, "cat", 1, 0))
+
+
 def test_gradient_accumulation_equals_one_large_batch(learn):
     whole = learn("--batch_size", "6", out="whole")
     for size, count in ((3, 2), (2, 3)):
@@ -233,7 +237,9 @@ def test_gradients_are_clipped_to_norm_1_after_unscaling(learn, monkeypatch, pre
     monkeypatch.setattr(mu, "choose_precision", lambda *_: precision)
     folder = learn(steps=1)
     assert 1 < read_log(folder)[0]["grad_norm"] < 1000
-    first_moment = read_state(folder)["optimizer"]["state"][0]["exp_avg"]
+    optimizer = read_state(folder)["optimizer"]
+    first_moment = optimizer["state"][0]["exp_avg"]
+    assert optimizer["param_groups"][0]["weight_decay"] == 0  # the row is pulled nowhere
     assert first_moment.norm().item() == pytest.approx(0.1, rel=1e-3)  # (1 - beta1) * gradient
 
 
