@@ -93,8 +93,9 @@ def classical_step(args, device):
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (args.batch_size,), device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             text_embeddings = components.text_encoder(captions).last_hidden_state
-            examples = (latents, noise, timesteps, text_embeddings)
-            train.inversion_loss(components.unet, *examples, components.schedule).mean().backward()
+            examples = (latents, noise, timesteps, text_embeddings, components.schedule)
+            mask = torch.ones_like(latents[:, :1])
+            train.inversion_loss(components.unet, *examples, mask).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         embedding.weight.data[others] = original[others]

@@ -52,7 +52,7 @@ def test_every_command_shown_has_valid_options(text):
 
 def test_every_option_and_test_file_named_exists():
     known = {name for script in (train, sample) for name in script.build_parser()._option_string_actions}
-    known |= {"--quick", "--save_baseline", "--seeds", "--nproc_per_node", "--full_size"}  # of other programs
+    known |= {"--quick", "--save_baseline", "--seeds", "--nproc_per_node"}  # of other programs
     assert set(re.findall(r"`(--\w+)", README)) <= known
     named = re.findall(r"`(?:tests/)?(test_\w+)\.py`", README)
     assert len(named) >= 5 and all((ROOT / "tests" / f"{name}.py").exists() for name in named)
