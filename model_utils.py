@@ -26,7 +26,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-# --- The noise schedule -----------------------------------------------------------------------------------------------
+# --- The method's parts: noise schedule, masked lookup ----------------------------------------------------------------
 
 
 class NoiseSchedule(NamedTuple):
@@ -80,9 +80,6 @@ def make_schedule(config):
         alphas_cumprod = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
     spacing, to_one = config.get("timestep_spacing"), config.get("set_alpha_to_one", True)
     return NoiseSchedule(alphas_cumprod, prediction_type, spacing, to_one)
-
-
-# --- The masked lookup ------------------------------------------------------------------------------------------------
 
 
 class LearnedEmbedding(nn.Module):

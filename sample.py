@@ -105,32 +105,23 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
 # --- Generating images ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def sample_latents(
-    unet, schedule, text_embeddings, negative_embeddings, latents, steps, guidance, sampler, generators=None,
-    callback=lambda: None,
-):  # fmt: skip
-    """Clean latents [B, 4, h, w] (scaled, fp32) from `latents` of pure noise.
+def guided(unet, context, guidance, callback):
+    """denoise(x, t) for the samplers, with classifier-free guidance (Ho and Salimans 2022) of scale `guidance`.
 
-    text_embeddings, negative_embeddings: [B, L, dim]. guidance: the scale s of classifier-free guidance (Ho and
-    Salimans 2022); at 1 or less the prompt alone is used, at half the cost. generators: one per image, for samplers
-    that add noise. callback() is called after each of the `steps` calls of the UNet.
+    context: text_embeddings [B, L, dim], or [2B, L, dim] with those of the negative prompts first, to be guided away
+    from. callback() is called after each call of the UNet.
     """
-    guided = guidance > 1
-    context = torch.cat([negative_embeddings, text_embeddings]) if guided else text_embeddings
-    context = context.to(unet.dtype)  # [2B or B, L, dim]
 
     def denoise(x, t):
-        batch = torch.cat([x, x]) if guided else x  # both halves in one call
+        batch = torch.cat([x] * (len(context) // len(x)))  # [B or 2B, 4, h, w]: both halves in one call
         noise_pred = unet(batch.to(unet.dtype), t, encoder_hidden_states=context).sample.float()
-        if guided:
-            uncond, cond = noise_pred.chunk(2)
-            noise_pred = uncond + guidance * (cond - uncond)
         callback()
-        return noise_pred
+        if len(context) == len(x):
+            return noise_pred
+        uncond, cond = noise_pred.chunk(2)
+        return uncond + guidance * (cond - uncond)
 
-    timesteps = inference_timesteps(schedule, steps, sampler)
-    return SAMPLERS[sampler](denoise, latents.float(), timesteps, schedule, generators)
+    return denoise
 
 
 @torch.no_grad()
@@ -141,15 +132,14 @@ def generate(
     """Yield a PIL image for each prompt and its seed, as soon as its batch is done.
 
     Each starts from torch.randn((1, C, h, w)) of a CPU generator with its seed and takes all later noise from it, so
-    that no image depends on the batch it is in. height, width: pixels (default: the model's own; UserError if they do
-    not divide).
+    that no image depends on the batch it is in. height, width: pixels (default: the model's own).
     """
     unet, device, factor = components.unet, components.device, components.pixels_per_latent
     height, width = height or components.resolution, width or components.resolution
     if height % factor or width % factor:
         raise UserError(f"--height {height}, --width {width}: this model needs multiples of {factor} pixels.")
     shape = (1, unet.config.in_channels, height // factor, width // factor)
-
+    timesteps = inference_timesteps(components.schedule, steps, sampler)
     distinct = list(dict.fromkeys([negative_prompt, *prompts]))  # each is encoded once
     token_ids = mu.tokenize(components, distinct).to(device)
     encoded = components.text_encoder(token_ids).last_hidden_state
@@ -161,8 +151,9 @@ def generate(
             negative = embeddings[negative_prompt].expand_as(text)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
             noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-            settings = (steps, guidance, sampler, generators, bar.update)
-            latents = sample_latents(unet, components.schedule, text, negative, noise, *settings)
+            context = torch.cat([negative, text]) if guidance > 1 else text  # else at half the cost
+            denoise = guided(unet, context.to(unet.dtype), guidance, bar.update)
+            latents = SAMPLERS[sampler](denoise, noise, timesteps, components.schedule, generators)  # [B, 4, h, w]
             yield from mu.decode_latents(components, latents)
 
 

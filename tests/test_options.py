@@ -238,7 +238,7 @@ def test_out_of_memory_names_the_options_that_give_the_same_result(error, place,
     monkeypatch.setattr(train, "inversion_loss", fail)
     argv = options("model", "images", "--batch_size", "4", "--output_dir", "run")
     assert "--batch_size 2 --grad_accum 2" in refused(train.main, argv)
-    monkeypatch.setattr(sample, "sample_latents", fail)
+    monkeypatch.setattr(sample, "guided", fail)
     assert "--batch_size" in refused(sample.main, ["--model", "model", "--prompt", "a cat"])
 
 

@@ -14,7 +14,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 import model_utils as mu
-from sample import SAMPLERS, generate, inference_timesteps, sample_latents
+from sample import SAMPLERS, generate, guided, inference_timesteps
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 STABLE_DIFFUSION |= {"clip_sample": False, "set_alpha_to_one": False}
@@ -175,29 +175,7 @@ def test_samplers_without_noise_approach_the_exact_solution_at_their_order(sampl
     assert errors[0] / errors[1] == pytest.approx(4**order, rel=0.3)  # four times the steps
 
 
-# --- Guidance ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("guidance, guided", [(0.0, False), (1.0, False), (1.01, True), (7.5, True)])
-def test_guidance_is_one_call_of_both_halves_and_at_one_or_less_the_prompt_alone(guidance, guided):
-    latents, calls, finished = start(2)[0], [], []
-    text, negative = torch.full((2, 5, 8), 0.3), torch.full((2, 5, 8), -0.2)
-
-    def unet(x, t, encoder_hidden_states):
-        calls.append(len(x))
-        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1))
-
-    unet.dtype, schedule = torch.float32, mu.make_schedule(STABLE_DIFFUSION)
-    settings = (latents, 7, guidance, "ddim", None, lambda: finished.append(1))
-    found = sample_latents(unet, schedule, text, negative, *settings)
-    assert calls == [4 if guided else 2] * 7 and len(finished) == 7
-    condition = -0.2 + guidance * (0.3 - -0.2) if guided else 0.3
-    timesteps = inference_timesteps(schedule, 7, "ddim")
-    expected = SAMPLERS["ddim"](lambda x, t: 0.1 * x + condition, latents, timesteps, schedule)
-    assert_near(found, expected, 1e-5)
-
-
-# --- Images -----------------------------------------------------------------------------------------------------------
+# --- Guidance and images ----------------------------------------------------------------------------------------------
 
 
 def load_both(model, folder):
@@ -238,6 +216,31 @@ def compare(both, sampler, steps, guidance, negative_prompt="", changes=(), **si
     components = components._replace(schedule=mu.make_schedule(config))
     ours = list(generate(components, PROMPTS, [7, 8], negative_prompt, steps, guidance, sampler, **size))
     assert_same_pixels(ours, expected)
+
+
+def test_guidance_is_one_call_of_the_unet_for_both_halves():
+    latents, calls, finished = start(2)[0], [], []
+    text, negative = torch.full((2, 5, 8), 0.3), torch.full((2, 5, 8), -0.2)
+
+    def unet(x, t, encoder_hidden_states):
+        calls.append(len(x))
+        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1))
+
+    unet.dtype = torch.float32
+    for context, size, condition in ((torch.cat([negative, text]), 4, -0.2 + 7.5 * (0.3 - -0.2)), (text, 2, 0.3)):
+        found = guided(unet, context, 7.5, lambda: finished.append(1))(latents, 500)
+        assert_near(found, 0.1 * latents + condition, 1e-6)
+        assert calls.pop() == size and not calls and finished.pop() and not finished
+
+
+@pytest.mark.parametrize("guidance, is_guided", [(0.0, False), (1.0, False), (1.01, True)])
+def test_at_a_scale_of_one_or_less_the_prompt_alone_is_used(tiny, monkeypatch, guidance, is_guided):
+    contexts, guide = [], guided
+    monkeypatch.setattr(
+        "sample.guided", lambda unet, context, *rest: contexts.append(context) or guide(unet, context, *rest)
+    )
+    list(generate(tiny[0], PROMPTS, [1, 2], "a toy", 1, guidance))
+    assert len(contexts[0]) == (4 if is_guided else 2)
 
 
 @pytest.mark.parametrize("guidance, negative_prompt", [(0.0, ""), (1.0, "a toy"), (7.5, ""), (7.5, "a red toy")])
