@@ -36,12 +36,12 @@ def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, m
     """Denoising loss of each image [B]. Edit this to try another loss.
 
     latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
-    token; mask [B, 1, h, w], how much each latent pixel counts. Equation 2 of Gal et al. 2022, the mean squared error
-    of DDPM (Ho et al. 2020, equation 14).
+    token; mask [B, 1, h, w], how much each latent pixel counts: 0 where the image is transparent. Equation 2 of Gal et
+    al. 2022, the mean squared error of DDPM (Ho et al. 2020, equation 14).
     """
     noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
     noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample  # [B, 4, h, w]
-    target = schedule.target(latents, noise, timesteps)  # the noise itself, or v
+    target = schedule.target(latents, noise, timesteps)  # the noise itself, or v of a v-prediction model
     error = (noise_pred.float() - target).square()  # [B, 4, h, w]
     return (mask * error).mean(dim=(1, 2, 3)) / mask.mean(dim=(1, 2, 3))  # [B], the mean over what counts
 
@@ -54,7 +54,7 @@ def sample_timesteps(batch_size, num_train_timesteps, generator, sampling):
     """
     u = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size  # in [0, 1)
     t = u if sampling == "uniform" else 1 - u**3
-    return (t * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+    return (t * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)  # t can be 1
 
 
 def learning_rate(step, args):
@@ -90,7 +90,8 @@ def draw_batch(dataset, batch_size, schedule, step, args):
 
 def split(batch, count):
     """A batch in `count` parts. Each has every count-th example, and so covers the whole range of timesteps too."""
-    return [[tensor[i::count].contiguous() for tensor in batch] for i in range(min(count, len(batch[0])))]
+    indices = range(min(count, len(batch[0])))
+    return [[tensor[i::count].contiguous() for tensor in batch] for i in indices]  # contiguous: copied without a wait
 
 
 def batch_loss(components, batch):
@@ -99,7 +100,7 @@ def batch_loss(components, batch):
     on_cuda = device.type == "cuda"  # a copy from pinned memory does not wait for the GPU
     copies = [(tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda) for tensor in batch]
     latents, noise, timesteps, token_ids, mask = copies
-    # Latents and learned rows are fp32, the frozen weights may be half: autocast converts what meets them
+    # Latents, learned rows and their gradient are fp32; where the weights are half, autocast casts what meets them
     with torch.autocast(device.type, unet.dtype, enabled=unet.dtype != torch.float32):
         text_embeddings = components.text_encoder(token_ids).last_hidden_state  # [B, L, dim]
         return inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask)
@@ -125,7 +126,7 @@ def train(args):
     if args.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
     init_rows = mu.initial_rows(components, args.initializer_token, args.num_vectors, args.seed).to(device)  # [n, dim]
-    if args.lr is None:  # --recipe fast: the root mean square of the vocabulary's entries
+    if args.lr is None:  # --recipe fast: AdamW moves an entry by about that much, here by a typical one of the table
         args.lr = components.text_encoder.get_input_embeddings().weight.float().square().mean().sqrt().item()
     # LearnedEmbedding takes the place of the token table. Its rows are all that learns, whenever text_encoder is called
     learned_rows = mu.add_tokens(components, [(args.placeholder_token, init_rows)], "--placeholder_token")  # [n, dim]
@@ -142,7 +143,7 @@ def train(args):
     optimizer = torch.optim.AdamW([learned_rows], lr=args.lr, weight_decay=0.0, fused=device.type != "mps")
     # fp16: the loss is scaled up so that small gradients do not vanish
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    scaler.scale(torch.zeros((), device=device))  # makes its scale, also in a process that has no part of a step
+    scaler.scale(torch.zeros((), device=device))  # makes its scale; a process that has no part of a step needs it too
     folder = Path(args.output_dir) if args.output_dir else free_folder(args.placeholder_token)
     first_step, log = restore(folder, learned_rows, optimizer, scaler) if args.resume else (0, [])
     if rank == 0:
@@ -154,14 +155,15 @@ def train(args):
         if args.preview_steps and first_step == 0:
             save_preview(components, dataset, folder, 0, args)
 
-    # 3. The loop. A step has batch_size * grad_accum images, whatever the number of processes; each gets as many parts
+    # 3. The loop. A step has batch_size * grad_accum images, however many processes. It is cut into at least grad_accum
+    # parts, of batch_size images or fewer, and equally many for each process
     images_per_step = args.batch_size * args.grad_accum
     num_parts = processes * math.ceil(args.grad_accum / processes)
     eval_batch = draw_batch(dataset, max(4, args.batch_size), components.schedule, EVAL_SEED, args)
     eval_parts = split(eval_batch, math.ceil(len(eval_batch[0]) / args.batch_size))
     intervals = (args.log_steps, args.save_steps, args.preview_steps)
     loss_sum, loss_images = torch.zeros((), device=device), 0
-    learned_rows.grad = torch.zeros_like(learned_rows)
+    learned_rows.grad = torch.zeros_like(learned_rows)  # a tensor also in a process that has no part of a step
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank > 0 or None)  # None: if no terminal
     seconds, start = 0.0, time.perf_counter()
     for step in range(first_step, args.steps):
@@ -182,7 +184,7 @@ def train(args):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=False)  # zeros: a process may have no part of the next step
+        optimizer.zero_grad(set_to_none=False)
 
         done = step + 1
         bar.update()
@@ -191,19 +193,19 @@ def train(args):
         if not (log_step or save_step or preview_step):
             continue
 
-        # Now and then: log, preview, checkpoint. The only place that waits for the device
+        # Now and then: log, preview, checkpoint; each adds to the log. The only place that waits for the device
         if processes > 1:
             dist.all_reduce(loss_sum)
         loss = loss_sum.item() / loss_images
         seconds += time.perf_counter() - start
         with torch.no_grad():  # always the same examples, while the loss of the steps is noisy
             eval_loss = torch.cat([batch_loss(components, part) for part in eval_parts]).mean().item()
-        if not math.isfinite(eval_loss):  # as it is not either if the rows are not: nothing of that is saved
+        if not math.isfinite(eval_loss):  # so it is too if the rows are not finite: stop before anything is saved
             raise UserError(f"the loss is not finite at step {done}: try --precision fp32 or an --lr below {args.lr}.")
-        row = {"step": done, "loss": loss, "eval_loss": eval_loss, "lr": lr, "grad_norm": grad_norm.item()}
-        row["embedding_norm"] = learned_rows.norm(dim=1).mean().item()
-        row["cosine_to_init"] = torch.cosine_similarity(learned_rows, init_rows).mean().item()
-        log.append(row)
+        entry = {"step": done, "loss": loss, "eval_loss": eval_loss, "lr": lr, "grad_norm": grad_norm.item()}
+        entry["embedding_norm"] = learned_rows.norm(dim=1).mean().item()
+        entry["cosine_to_init"] = torch.cosine_similarity(learned_rows, init_rows).mean().item()
+        log.append(entry)
         if rank == 0:
             save_log(folder, log, bar)
             if preview_step:
@@ -254,7 +256,7 @@ def save(folder, step, args, learned_rows, optimizer, scaler):
 
 
 def restore(folder, learned_rows, optimizer, scaler):
-    """Restore what learns from a run's checkpoint -> the number of steps done, the rows of log.jsonl up to there."""
+    """Restore what learns from a run's checkpoint -> the number of steps done, the log up to there."""
     if not (folder / "state.pt").exists():  # the run ended before its first save
         return 0, []
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -265,13 +267,14 @@ def restore(folder, learned_rows, optimizer, scaler):
     optimizer.load_state_dict(state["optimizer"] | {"state": interned})
     scaler.load_state_dict(state["scaler"])
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return state["step"], [row for row in log if row["step"] <= state["step"]]
+    return state["step"], [entry for entry in log if entry["step"] <= state["step"]]
 
 
 def save_log(folder, log, bar):
-    """Write log.jsonl and curves.png, and show the last row at the progress bar, or as a line without a terminal."""
-    mu.write_whole(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log).encode())
-    sample.plot_curves({name: [(row["step"], row[name]) for row in log] for name in CURVES}, folder / "curves.png")
+    """Write log.jsonl and curves.png, and show the last entry at the progress bar, or as a line without a terminal."""
+    mu.write_whole(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
+    points = {name: [(entry["step"], entry[name]) for entry in log] for name in CURVES}
+    sample.plot_curves(points, folder / "curves.png")
     text = ", ".join(f"{name} {log[-1][name]:.4f}" for name in ("loss", "eval_loss", "embedding_norm"))
     bar.set_postfix_str(text, refresh=False)
     if bar.disable:
