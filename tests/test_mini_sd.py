@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import model_utils as mu
 import train
@@ -18,7 +19,14 @@ evaluate = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(evaluate)
 
 
-def test_the_default_run_learns_the_token(tmp_path, monkeypatch):
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_the_default_run_learns_the_token(two_threads, tmp_path, monkeypatch):
     """`python train.py`, shortened: images of the token are nearer to the training images than those of `cat`."""
     monkeypatch.chdir(tmp_path)
     folder = train.train(train.parse_options(["--steps", "100", "--log_steps", "10", "--preview_steps", "0"]))
