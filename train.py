@@ -418,7 +418,7 @@ def memory_advice(args):
     smaller = args.batch_size // 2 if args.batch_size % 2 == 0 else 1
     accum = args.batch_size * args.grad_accum // smaller
     same = f"--batch_size {smaller} --grad_accum {accum} (the same result), then " if args.batch_size > 1 else ""
-    return f"take {same}--gradient_checkpointing, then --precision bf16"
+    return "take " + ("" if args.resume else same) + "--gradient_checkpointing"
 
 
 def main(argv=None):
