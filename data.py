@@ -71,7 +71,7 @@ def read_image(path, resolution):
         raise ValueError("not an image of a known kind (HEIC: pip install pillow-heif)") from None
     square = to_square(image, resolution)
     if profile := image.info.get("icc_profile"):
-        with suppress(Exception):  # nor is a damaged profile, or one of other colours
+        with suppress(Exception):  # a damaged profile, or one of other colours, is ignored
             square = to_srgb(square, profile)
     square = square.convert("RGBA")
     if not any(square.getchannel("A").getextrema()):

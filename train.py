@@ -136,6 +136,7 @@ def train(args):
     dataset = data.load_dataset(
         components, args.images, args.resolution, args.placeholder_token, args.learnable_property, args.templates
     )
+    # For the steps alone: without a gradient (evaluation, previews) the UNet would be compiled once more
     compiled = components._replace(unet=torch.compile(components.unet)) if args.compile else components
 
     # 2. The optimizer, and the run's folder, from which a resumed run is restored
@@ -414,11 +415,11 @@ def check_resumed(args, config):
 
 
 def memory_advice(args):
-    """What to change when memory has run out: first what gives the same result."""
+    """What to change when memory has run out: first, unless it is a resumed run, what gives the same result."""
     smaller = args.batch_size // 2 if args.batch_size % 2 == 0 else 1
     accum = args.batch_size * args.grad_accum // smaller
-    same = f"--batch_size {smaller} --grad_accum {accum} (the same result), then " if args.batch_size > 1 else ""
-    return "take " + ("" if args.resume else same) + "--gradient_checkpointing"
+    same = f"--batch_size {smaller} --grad_accum {accum} (the same result), then "
+    return f"take {'' if args.batch_size == 1 or args.resume else same}--gradient_checkpointing"
 
 
 def main(argv=None):
