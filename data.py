@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import sys
 import warnings
 from contextlib import suppress
@@ -36,10 +37,18 @@ STYLE_TEMPLATES = [f"{what} in the style of {{}}" for what in [
 ]]  # fmt: skip
 
 
-def read_templates(path):
-    """The lines of a text file, with {} for the token; a line without it gets '{}, ' in front."""
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    return [line if "{}" in line else f"{{}}, {line}" for line in map(str.strip, lines) if line]
+def read_templates(path, components, token):
+    """The captions in a text file, a line each, with {} for the token; a line without {} or token gets '{}, ' in front.
+
+    In A1111's templates [name] is the token; [filewords], the words of a file's name, are left out.
+    """
+    text = re.sub(r",? *\[filewords\]", "", Path(path).read_text(encoding="utf-8-sig")).replace("[name]", "{}")
+    captions = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        token_ids = components.tokenizer(line, verbose=False).input_ids
+        has_token = "{}" in line or components.placeholders[token][0] in token_ids
+        captions.append(line if has_token else f"{{}}, {line}")
+    return captions
 
 
 # --- Reading images ---------------------------------------------------------------------------------------------------
@@ -147,9 +156,9 @@ def load_dataset(components, folder, resolution, token, learnable_property="obje
     """
     images, alpha, paths = load_images(folder, resolution)
     built_in = STYLE_TEMPLATES if learnable_property == "style" else OBJECT_TEMPLATES
-    templates = read_templates(templates_file) if templates_file else built_in
+    templates = read_templates(templates_file, components, token) if templates_file else built_in
     own = [path.with_suffix(".txt") for path in paths]  # beside the images
-    rows = [(file.is_file() and read_templates(file)) or templates for file in own]
+    rows = [(file.is_file() and read_templates(file, components, token)) or templates for file in own]
     longest = max(map(len, rows))  # shorter lists begin again
     captions = [row[i % len(row)].replace("{}", token) for row in rows for i in range(longest)]
     token_ids = mu.tokenize(components, captions)  # [N * T, L]

@@ -116,17 +116,22 @@ def initial_rows(components, initializer, num_vectors, seed):
     """The rows [num_vectors, dim] that a token starts with, fp32 on the CPU.
 
     initializer: words, or an embedding's file or folder. One vector starts as the mean of its rows; several take one
-    each, and repeat them with a little noise if there are fewer. UserError if it is neither known words nor that.
+    each, and repeat them with a little noise if there are fewer. num_vectors None: as many as an embedding has, one for
+    words. UserError if it is neither known words nor an embedding.
     """
     tokenizer, table = components.tokenizer, components.text_encoder.get_input_embeddings().weight
     token_ids = tokenizer(initializer, add_special_tokens=False).input_ids
     if is_embedding_path(initializer):
         _, rows = load_embedding(initializer, "<initializer>", table.shape[1], "--initializer_token")
+        num_vectors = num_vectors or len(rows)
     elif not token_ids or set(token_ids) & set(tokenizer.all_special_ids):
         raise UserError(f"--initializer_token {initializer!r} is no word that the model knows; choose one such as cat.")
     else:
         rows = table[token_ids].float().cpu()
-    if num_vectors == 1:
+        if len(token_ids) > len(initializer.split()):  # a rare or misspelt word
+            pieces = " + ".join(tokenizer.decode([i]) for i in token_ids)
+            print(f"note: --initializer_token {initializer!r} is {pieces} to the model, not one token", file=sys.stderr)
+    if num_vectors in (1, None):
         return rows.mean(dim=0, keepdim=True)
     noise = torch.randn(num_vectors, table.shape[1], generator=torch.Generator().manual_seed(seed)) * rows.std()
     noise[: len(rows)] = 0
@@ -153,7 +158,8 @@ def add_tokens(components, tokens, option):
         exists = len(pieces) == 1 or not tokenizer.get_vocab().keys().isdisjoint(names)
         if exists or token.split() != [token]:
             fault = "is already a token of the model" if exists else "is empty or has spaces"
-            raise UserError(f"{option} {token!r} {fault}; choose a name such as {option} '<my-cat>'.")
+            choice = f", or {option} '{token}=<my-cat>' to choose it from a file" if option == "--token" else ""
+            raise UserError(f"{option} {token!r} {fault}; choose a name such as {option} '<my-cat>'{choice}.")
         # normalized=False: found as it is written, before lower-casing. single_word: 'sks' is not found inside 'asks'
         settings = {"normalized": False, "single_word": bool(re.search(r"^\w|\w$", token))}
         tokenizer.add_tokens([transformers.AddedToken(name, **settings) for name in names])
@@ -183,6 +189,11 @@ def tokenize(components, prompts):
         row = [tokenizer.bos_token_id, *body[: length - 2], tokenizer.eos_token_id]
         rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
     return torch.tensor(rows)  # [B, L]
+
+
+def encode(components, token_ids):
+    """token_ids [B, L] -> text_embeddings [B, L, dim]. Training and sampling encode here, and nowhere else."""
+    return components.text_encoder(token_ids).last_hidden_state
 
 
 # --- Images as latents, and back --------------------------------------------------------------------------------------
@@ -224,10 +235,13 @@ def to_pil(images):
 # --- Embedding files --------------------------------------------------------------------------------------------------
 
 
-def save_embedding(path, token, rows, base_model):
-    """Write rows [n, dim] in diffusers' format, {token: fp32 tensor}, 1-D for a single vector as InvokeAI wants it."""
-    rows = rows.detach().float().cpu()
-    content = {token: rows[0].clone() if len(rows) == 1 else rows}
+def save_embedding(path, tokens, base_model):
+    """Write tokens, pairs of a name and its rows [n, dim], in diffusers' format: {token: fp32 tensor [n, dim]}.
+
+    A single vector is 1-D, as InvokeAI wants it.
+    """
+    content = {token: rows.detach().float().cpu().clone() for token, rows in tokens}
+    content = {token: rows[0] if len(rows) == 1 else rows for token, rows in content.items()}
     write_whole(path, safetensors.torch.save(content, metadata={"base_model": base_model}))
 
 
@@ -235,8 +249,9 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     """Read an embedding -> its token, its rows [n, dim] in fp32. source: a file, a folder that holds one, or a Hub id.
 
     Any program's file: diffusers', A1111's, the paper's, kohya's, OneTrainer's, InvokeAI's, SDXL's (clip_l is taken),
-    a bare tensor. token: chooses one of several, or gives another name; dim: the width of the model's embeddings;
-    option: names the source in a UserError, which says what is wrong. Nothing in a file can run code.
+    a bare tensor. token: chooses one of several, or gives another name, or both ("*=<kat>"); dim: the width of the
+    model's embeddings; option: names the source in a UserError, which says what is wrong. Nothing in a file can run
+    code.
     """
     path = find_embedding(source, option)
     try:
@@ -246,10 +261,15 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     tensors = dict(named_tensors(content))
     for name in ("clip_l", "emb_params", "emp_params"):  # beside these stand SDXL's other half, or other data
         tensors = {"*": tensors[name]} if name in tensors else tensors
-    tensors = {token: tensors[token]} if token in tensors else tensors
+    chosen, _, new_name = (token or "").partition("=")
+    if token in tensors:
+        tensors = {token: tensors[token]}
+    elif chosen in tensors:
+        tensors, token = {chosen: tensors[chosen]}, new_name
     if len(tensors) != 1:
         found = ", ".join(list(tensors)[:6]) or "no rows"
-        raise UserError(f"{option} {path} is no embedding of one token; it holds {found} (sample.py --token chooses).")
+        remedy = "--token 'NAME=<my-cat>' takes one" if option == "--embedding" else "name a file of one"
+        raise UserError(f"{option} {path} is no embedding of one token; it holds {found}; {remedy}.")
     ((name, rows),) = tensors.items()
     if name == "*":
         name = isinstance(content, dict) and content.get("name")  # A1111's
@@ -452,11 +472,16 @@ def make_parser(description):
     return argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
 
 
+def zero_or_more(text, least=0):
+    """Type of an argparse option: a whole number that is not negative."""
+    if int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more")
+    return int(text)
+
+
 def one_or_more(text):
     """Type of an argparse option: a whole number of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return int(text)
+    return zero_or_more(text, 1)
 
 
 def full_path(text):
@@ -482,8 +507,12 @@ def choose_device(name):
 
 
 def peak_memory(device):
-    """How much memory of the GPU was in use at most, to add to a line; "" on other devices."""
-    return f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GB of GPU memory" if device.type == "cuda" else ""
+    """How much memory of the GPU was in use at most since the last call, to add to a line; "" on other devices."""
+    if device.type != "cuda":
+        return ""
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return f", {peak:.1f} GB of GPU memory"
 
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

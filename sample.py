@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import re
 import sys
 import textwrap
 import time
@@ -141,8 +142,7 @@ def generate(
     shape = (1, unet.config.in_channels, height // factor, width // factor)
     timesteps = inference_timesteps(components.schedule, steps, sampler)
     distinct = list(dict.fromkeys([negative_prompt, *prompts]))  # each is encoded once
-    token_ids = mu.tokenize(components, distinct).to(device)
-    encoded = components.text_encoder(token_ids).last_hidden_state
+    encoded = mu.encode(components, mu.tokenize(components, distinct).to(device))
     embeddings = dict(zip(distinct, encoded, strict=True))  # {prompt: [L, dim]}
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     with tqdm(total=len(batches) * steps, desc="generating", unit="step", disable=None if progress else True) as bar:
@@ -216,6 +216,11 @@ def next_free(folder, names):
     return next(path for path in (Path(folder, name) for name in names) if not path.exists())
 
 
+def numbered(name, suffix=""):
+    """Yield name, name-2, name-3, ... with the suffix."""
+    return (f"{name}{suffix}" if i == 1 else f"{name}-{i}{suffix}" for i in itertools.count(1))
+
+
 # --- CLIP scores ------------------------------------------------------------------------------------------------------
 # Gal et al. 2022 (arXiv:2208.01618), section 5. CLIP-I: similarity of generated images to the training images. CLIP-T:
 # similarity of generated images to an editing prompt, without the token. Both are cosines of CLIP embeddings.
@@ -275,15 +280,15 @@ def score_tokens(components, clip, training_images, tokens, learnable_property, 
     return scores
 
 
-def score_run(components, folder, config, **settings):
-    """Score the token of a run, and its initializer: prints a table, writes scores.json. config: the run's options."""
+def score_run(components, path, config, **settings):
+    """Score the token of a run, and its initializer: prints a table, writes JSON. config: the run's options."""
     training_images = mu.to_pil(load_images(config["images"], config["resolution"])[0])
     tokens = list(components.placeholders)[:1]
     if not mu.is_embedding_path(config["initializer_token"]):
         tokens.insert(0, config["initializer_token"])
     clip = load_clip(config["model"], components.device)
     scores = score_tokens(components, clip, training_images, tokens, config["learnable_property"], **settings)
-    mu.write_whole(Path(folder, "scores.json"), json.dumps({"tokens": scores, **settings}, indent=1).encode())
+    mu.write_whole(path, json.dumps({"tokens": scores, **settings}, indent=1).encode())
     print(f"{'':24}{'CLIP-I (images)':>20}{'CLIP-T (prompts)':>20}")
     for token, found in scores.items():
         cells = (f"{found[name]['mean']:.3f} +- {found[name]['error']:.3f}" for name in ("clip_i", "clip_t"))
@@ -353,7 +358,10 @@ def run(args):
         if "initializer_token" not in config:
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
         settings |= {"num_images": args.num_images or 64, "seed": args.seed}
-        return score_run(components, folder, config, **settings)
+        step = "".join(re.findall(r"-steps-\d+", args.embedding[0] if args.embedding else ""))
+        path = next_free(folder, numbered(f"scores{step}", ".json"))
+        print(f"scores     {path}")
+        return score_run(components, path, config, **settings)
     photo = PHOTO_PROMPT[config.get("learnable_property", "object")]
     prompts = args.prompt or [photo.format(token) for token in components.placeholders]
     for prompt in prompts if components.placeholders else ():
@@ -372,7 +380,7 @@ def run(args):
     seconds = (time.perf_counter() - start) / (math.ceil(len(images) / settings["batch_size"]) * settings["steps"])
     if len(images) > 1:
         grid = image_grid(images, count if len(prompts) > 1 else math.ceil(count**0.5), prompts)
-        path = next_free(out, (f"grid{number if number > 1 else ''}.png" for number in itertools.count(1)))
+        path = next_free(out, numbered("grid", ".png"))
         save_png(grid, path, {"prompt": prompts, "seed": args.seed, **stored})
     print(f"images     {len(images)} in {out}")
     print(f"speed      {seconds:.3f} s a step{mu.peak_memory(components.device)}")

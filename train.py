@@ -9,7 +9,6 @@ to the loop in `train`, then NoiseSchedule and LearnedEmbedding in model_utils.p
 """
 
 import io
-import itertools
 import json
 import math
 import os
@@ -32,17 +31,22 @@ from model_utils import UserError
 # --- The method -------------------------------------------------------------------------------------------------------
 
 
-def inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask):
-    """Denoising loss of each image [B]. Edit this to try another loss.
+def inversion_loss(components, latents, noise, timesteps, token_ids, mask):
+    """The whole objective: encode, add noise, predict, compare -> the loss of each image [B]. Edit this to try another.
 
-    latents, noise [B, 4, h, w]; timesteps [B]; text_embeddings [B, L, dim], through which the gradient reaches the new
-    token; mask [B, 1, h, w], how much each latent pixel counts: 0 where the image is transparent. Equation 2 of Gal et
-    al. 2022, the mean squared error of DDPM (Ho et al. 2020, equation 14).
+    latents, noise [B, 4, h, w]; timesteps [B]; token_ids [B, L], captions with the new token; mask [B, 1, h, w], how
+    much each latent pixel counts: 0 where the image is transparent. Equation 2 of Gal et al. 2022, the mean squared
+    error of DDPM (Ho et al. 2020, equation 14).
+
+    Nothing here may be random: a draw would have no seed, and so break resuming and the evaluation loss. Noise and
+    captions are drawn in `data.draw_examples`; a limit on the rows stands in `train`, after `scaler.step`.
     """
+    unet, schedule = components.unet, components.schedule
+    text_embeddings = mu.encode(components, token_ids)  # [B, L, dim], through which the gradient reaches the new token
     noisy_latents = schedule.add_noise(latents, noise, timesteps)  # [B, 4, h, w]
-    noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample  # [B, 4, h, w]
+    noise_pred = unet(noisy_latents.to(unet.dtype), timesteps, text_embeddings).sample.float()  # [B, 4, h, w]
     target = schedule.target(latents, noise, timesteps)  # the noise itself, or v of a v-prediction model
-    error = (noise_pred.float() - target).square()  # [B, 4, h, w]
+    error = (noise_pred - target).square()  # [B, 4, h, w]
     return (mask * error).mean(dim=(1, 2, 3)) / mask.mean(dim=(1, 2, 3))  # [B], the mean over what counts
 
 
@@ -88,22 +92,19 @@ def draw_batch(dataset, batch_size, schedule, step, args):
     return latents, noise, timesteps, token_ids, mask
 
 
-def split(batch, count):
-    """A batch in `count` parts. Each has every count-th example, and so covers the whole range of timesteps too."""
-    indices = range(min(count, len(batch[0])))
-    return [[tensor[i::count].contiguous() for tensor in batch] for i in indices]  # contiguous: copied without a wait
-
-
-def batch_loss(components, batch):
-    """The loss [B] of a batch, which is copied to the device here."""
-    unet, schedule, device = components.unet, components.schedule, components.device
+def part_of(batch, index, count, device):
+    """One of `count` parts of a batch, on the device. A part has every count-th example: timesteps of all the range."""
+    part = [tensor[index::count].contiguous() for tensor in batch]
     on_cuda = device.type == "cuda"  # a copy from pinned memory does not wait for the GPU
-    copies = [(tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda) for tensor in batch]
-    latents, noise, timesteps, token_ids, mask = copies
-    # Latents, learned rows and their gradient are fp32; where the weights are half, autocast casts what meets them
-    with torch.autocast(device.type, unet.dtype, enabled=unet.dtype != torch.float32):
-        text_embeddings = components.text_encoder(token_ids).last_hidden_state  # [B, L, dim]
-        return inversion_loss(unet, latents, noise, timesteps, text_embeddings, schedule, mask)
+    return [(tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda) for tensor in part]
+
+
+def measure(components, eval_parts, learned_rows, init_rows):
+    """What is logged of the rows as they are. The evaluation loss is of examples that never change, for less noise."""
+    with torch.no_grad():
+        eval_loss = torch.cat([inversion_loss(components, *part) for part in eval_parts]).mean().item()
+    norm, cosine = learned_rows.norm(dim=1).mean(), torch.cosine_similarity(learned_rows, init_rows).mean()
+    return {"eval_loss": eval_loss, "embedding_norm": norm.item(), "cosine_to_init": cosine.item()}
 
 
 def join_processes(device):
@@ -117,7 +118,7 @@ def join_processes(device):
 
 
 def train(args):
-    """Learn the token -> the run's folder. args: of parse_options; lr, resolution and output_dir are filled in here."""
+    """Learn the token -> the run's folder. args: of parse_options; what depends on the model is filled in here."""
     # 1. The frozen model with the new token's rows, which start as the initializer's, and the data
     device = mu.choose_device(args.device)
     rank, processes = join_processes(device)
@@ -125,11 +126,13 @@ def train(args):
     components = mu.load_components(args.model, dtype, args.revision, args.variant).to(device)
     if args.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
-    init_rows = mu.initial_rows(components, args.initializer_token, args.num_vectors, args.seed).to(device)  # [n, dim]
+    rows = mu.initial_rows(components, args.initializer_token, args.num_vectors, args.seed)  # [n, dim]
+    args.num_vectors = len(rows)
     if args.lr is None:  # --recipe fast: AdamW moves an entry by about that much, here by a typical one of the table
         args.lr = components.text_encoder.get_input_embeddings().weight.float().square().mean().sqrt().item()
     # LearnedEmbedding takes the place of the token table. Its rows are all that learns, whenever text_encoder is called
-    learned_rows = mu.add_tokens(components, [(args.placeholder_token, init_rows)], "--placeholder_token")  # [n, dim]
+    learned_rows = mu.add_tokens(components, [(args.placeholder_token, rows)], "--placeholder_token")
+    init_rows = learned_rows.detach().clone()
     args.resolution = args.resolution or components.resolution
     if args.resolution % components.pixels_per_latent:
         raise UserError(f"--resolution {args.resolution}: take a multiple of {components.pixels_per_latent} pixels.")
@@ -147,6 +150,7 @@ def train(args):
     scaler.scale(torch.zeros((), device=device))  # makes its scale; a process that has no part of a step needs it too
     folder = Path(args.output_dir) if args.output_dir else free_folder(args.placeholder_token)
     first_step, log = restore(folder, learned_rows, optimizer, scaler) if args.resume else (0, [])
+    images_per_step = args.batch_size * args.grad_accum  # however many processes
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         args.output_dir = str(folder)
@@ -155,23 +159,27 @@ def train(args):
         print(f"training   {args.placeholder_token} from {args.initializer_token!r}, {len(dataset.images)} images")
         if args.preview_steps and first_step == 0:
             save_preview(components, dataset, folder, 0, args)
+        if processes > images_per_step:
+            print(f"note: {processes} processes, but a step has only {images_per_step} images", file=sys.stderr)
 
-    # 3. The loop. A step has batch_size * grad_accum images, however many processes. It is cut into at least grad_accum
-    # parts, of batch_size images or fewer, and equally many for each process
-    images_per_step = args.batch_size * args.grad_accum
+    # 3. The loop. A step is cut into at least grad_accum parts, of batch_size images or fewer, and equally many for
+    # each process
     num_parts = processes * math.ceil(args.grad_accum / processes)
     eval_batch = draw_batch(dataset, max(4, args.batch_size), components.schedule, EVAL_SEED, args)
-    eval_parts = split(eval_batch, math.ceil(len(eval_batch[0]) / args.batch_size))
+    eval_count = math.ceil(len(eval_batch[0]) / args.batch_size)
+    eval_parts = [part_of(eval_batch, index, eval_count, device) for index in range(eval_count)]
+    log = log or [{"step": 0} | measure(components, eval_parts, learned_rows, init_rows)]
     intervals = (args.log_steps, args.save_steps, args.preview_steps)
     loss_sum, loss_images = torch.zeros((), device=device), 0
     learned_rows.grad = torch.zeros_like(learned_rows)  # a tensor also in a process that has no part of a step
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank > 0 or None)  # None: if no terminal
-    seconds, start = 0.0, time.perf_counter()
+    mu.peak_memory(device)  # forget what encoding the images took
+    memory, seconds, start = "", 0.0, time.perf_counter()
     for step in range(first_step, args.steps):
         # Draw all that is random for the whole step, on the CPU. Then the step goes through in parts that fit in memory
         batch = draw_batch(dataset, images_per_step, components.schedule, step, args)
-        for part in split(batch, num_parts)[rank::processes]:
-            losses = batch_loss(compiled, part)  # [B]
+        for index in range(rank, min(num_parts, images_per_step), processes):
+            losses = inversion_loss(compiled, *part_of(batch, index, num_parts, device))  # [B]
             # A term on the rows is one line: losses = losses + 0.01 * (learned_rows - init_rows).square().sum()
             # The gradients of all parts add up to that of the mean loss of the step's images
             scaler.scale(losses.sum() / images_per_step).backward()
@@ -199,20 +207,19 @@ def train(args):
             dist.all_reduce(loss_sum)
         loss = loss_sum.item() / loss_images
         seconds += time.perf_counter() - start
-        with torch.no_grad():  # always the same examples, while the loss of the steps is noisy
-            eval_loss = torch.cat([batch_loss(components, part) for part in eval_parts]).mean().item()
-        if not math.isfinite(eval_loss):  # so it is too if the rows are not finite: stop before anything is saved
-            raise UserError(f"the loss is not finite at step {done}: try --precision fp32 or an --lr below {args.lr}.")
-        entry = {"step": done, "loss": loss, "eval_loss": eval_loss, "lr": lr, "grad_norm": grad_norm.item()}
-        entry["embedding_norm"] = learned_rows.norm(dim=1).mean().item()
-        entry["cosine_to_init"] = torch.cosine_similarity(learned_rows, init_rows).mean().item()
-        log.append(entry)
+        memory = memory or mu.peak_memory(device)  # of the steps alone
+        entry = {"step": done, "loss": loss, "lr": lr, "grad_norm": grad_norm.item()}
+        entry |= measure(components, eval_parts, learned_rows, init_rows)
+        if not math.isfinite(entry["eval_loss"]):  # so it is too if the rows are not finite: stop before all is saved
+            remedy = "" if args.precision == "fp32" else "--precision fp32 or "
+            raise UserError(f"the loss is not finite at step {done}: try {remedy}an --lr below {args.lr}.")
+        log.append({name: value for name, value in entry.items() if math.isfinite(value)})  # JSON knows no NaN
         if rank == 0:
             save_log(folder, log, bar)
             if preview_step:
                 save_preview(components, dataset, folder, done, args)
             if save_step:
-                save(folder, done, args, learned_rows, optimizer, scaler)
+                save(folder, done, args, components.placeholders, learned_rows, optimizer, scaler)
         loss_sum.zero_()
         loss_images, start = 0, time.perf_counter()
     bar.close()
@@ -224,10 +231,10 @@ def train(args):
         return folder
     if args.score and Path(args.model, "clip").is_dir():
         settings = sample.sampling_settings(args.model, {"batch_size": 32})
-        sample.score_run(components, folder, vars(args), num_images=32, seed=args.seed, **settings)
+        sample.score_run(components, folder / "scores.json", vars(args), num_images=32, seed=args.seed, **settings)
     prompt = sample.EDITING_PROMPTS[args.learnable_property][-1].format(args.placeholder_token)
     print(f"embedding  {folder / 'learned_embeds.safetensors'}")
-    print(f"speed      {seconds / (args.steps - first_step):.3f} s a step{mu.peak_memory(device)}")
+    print(f"speed      {seconds / (args.steps - first_step):.3f} s a step{memory}")
     print(f'try next   python sample.py --embedding "{folder}" --prompt "{prompt}"')
     return folder
 
@@ -240,16 +247,16 @@ CURVES = ["eval_loss", "loss", "grad_norm", "embedding_norm", "cosine_to_init"] 
 def free_folder(token):
     """The first of runs/<token>, runs/<token>-2, ... that does not exist."""
     name = "".join(c for c in token if c.isalnum() or c in "-_") or "token"
-    names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
-    return sample.next_free("runs", names)
+    return sample.next_free("runs", sample.numbered(name))
 
 
-def save(folder, step, args, learned_rows, optimizer, scaler):
+def save(folder, step, args, placeholders, learned_rows, optimizer, scaler):
     """Write the embedding, then the checkpoint: after a kill in between, the steps since the last are done again."""
+    rows_of = learned_rows.split([len(token_ids) for token_ids in placeholders.values()])  # of each token
     model = Path(args.model).name if Path(args.model).exists() else args.model  # no folders of one's own
     kept = [f"learned_embeds-steps-{step}.safetensors"] if step % args.save_steps == 0 else []
     for name in [*kept, "learned_embeds.safetensors"]:
-        mu.save_embedding(folder / name, args.placeholder_token, learned_rows, model)
+        mu.save_embedding(folder / name, zip(placeholders, rows_of, strict=True), model)
     state = {"step": step, "rows": learned_rows.data, "optimizer": optimizer.state_dict()}
     buffer = io.BytesIO()
     torch.save(state | {"scaler": scaler.state_dict()}, buffer)
@@ -274,9 +281,9 @@ def restore(folder, learned_rows, optimizer, scaler):
 def save_log(folder, log, bar):
     """Write log.jsonl and curves.png, and show the last entry at the progress bar, or as a line without a terminal."""
     mu.write_whole(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log).encode())
-    points = {name: [(entry["step"], entry[name]) for entry in log] for name in CURVES}
+    points = {name: [(entry["step"], entry.get(name, math.nan)) for entry in log] for name in CURVES}
     sample.plot_curves(points, folder / "curves.png")
-    text = ", ".join(f"{name} {log[-1][name]:.4f}" for name in ("loss", "eval_loss", "embedding_norm"))
+    text = ", ".join(f"{name} {log[-1].get(name, math.nan):.4f}" for name in ("loss", "eval_loss", "embedding_norm"))
     bar.set_postfix_str(text, refresh=False)
     if bar.disable:
         print(f"step {log[-1]['step']}/{bar.total}: {text}", file=sys.stderr)
@@ -317,7 +324,8 @@ RECIPES = {
 # What may change when a run is resumed; all else would change its course. More --steps stretch the learning rate's.
 FREE_TO_CHANGE = """steps save_steps log_steps preview_steps preview_prompt score compile gradient_checkpointing device
 output_dir resume""".split()
-RUN_FILES = ["config.json", "learned_embeds.safetensors"]  # a folder with one of these is not written to
+# A folder with one of these is not written to
+RUN_FILES = ["config.json", "log.jsonl", "learned_embeds*", "state.pt", "scores*.json", "curves.png", "preview.png"]
 
 
 def build_parser():
@@ -334,20 +342,21 @@ def build_parser():
     add("--placeholder_token", default="<kat>", help="the new token (default: <kat>)")
     add("--initializer_token", help="word, embedding file or run folder to start as (default: cat)")
     add("--learnable_property", choices=["object", "style"], default="object", help="what it is (default: object)")
-    add("--num_vectors", type=mu.one_or_more, default=1, help="vectors of the token (1)")
+    add("--num_vectors", type=mu.one_or_more, help="vectors of the token (1; those of an embedding that it starts as)")
     add("--resolution", type=mu.one_or_more, help="size of the training images (default: the model's own)")
     add = parser.add_argument_group("optimization (defaults by --recipe)").add_argument
     add("--recipe", choices=RECIPES, help="set of defaults (default: fast for the bundled model, else notebook)")
     add("--steps", "--max_train_steps", type=mu.one_or_more, help="optimizer steps (notebook 2000, fast 175)")
-    add("--batch_size", "--train_batch_size", type=mu.one_or_more, help="images per forward pass (notebook 4, fast 8)")
-    add("--grad_accum", "--gradient_accumulation_steps", type=mu.one_or_more, default=1, help="passes per step (1)")
+    add("--batch_size", "--train_batch_size", type=mu.one_or_more, help="most images per pass (notebook 4, fast 8)")
+    add("--grad_accum", "--gradient_accumulation_steps", type=mu.one_or_more, default=1,
+        help="images per step, in units of --batch_size (1)")
     add("--lr", "--learning_rate", type=float, help="peak learning rate (notebook 2e-3, fast: the vocabulary's rms)")
     add("--scale_lr", **flag, default=False, help="multiply the learning rate by the images per step")
     add("--lr_scheduler", choices=["constant", "constant_with_warmup", "linear", "cosine"],
         help="learning rate schedule (notebook constant, fast cosine)")
-    add("--lr_warmup_steps", type=int, help="steps of linear warm-up (notebook 0, fast 10)")
+    add("--lr_warmup_steps", type=mu.zero_or_more, help="steps of linear warm-up (notebook 0, fast 10)")
     add("--timestep_sampling", choices=["uniform", "cubic"], help="cubic: higher noise (notebook uniform, fast cubic)")
-    add("--seed", type=int, default=0, help="random seed (0)")
+    add("--seed", type=mu.zero_or_more, default=0, help="random seed (0)")
     add = parser.add_argument_group("hardware").add_argument
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to train on")
     add("--precision", "--mixed_precision", choices=mu.PRECISIONS, default="auto", help="precision of the weights")
@@ -359,7 +368,8 @@ def build_parser():
         help="continue the run in this folder, in --output_dir, or the newest one")
     add("--save_steps", "--checkpointing_steps", type=mu.one_or_more, default=100, help="steps between saves (100)")
     add("--log_steps", type=mu.one_or_more, default=20, help="steps between lines of log.jsonl (20)")
-    add("--preview_steps", "--validation_steps", type=int, default=100, help="steps between previews (100; 0: none)")
+    add("--preview_steps", "--validation_steps", type=mu.zero_or_more, default=100,
+        help="steps between previews (100; 0: none)")
     add("--preview_prompt", "--validation_prompt", help="prompt of the previews (default: a photo of the token)")
     add("--score", **flag, default=True, help="compute CLIP scores at the end, if the model has a clip/")
     # fmt: on
@@ -375,11 +385,11 @@ def parse_options(argv=None):
         folder = Path(args.output_dir or (mu.newest_run("config.json") if args.resume == "latest" else args.resume))
         config = mu.read_json(folder / "config.json")
         if "placeholder_token" not in config:
-            raise UserError(f"--resume: {folder} is no folder of a run, whose config.json names its token.")
+            raise UserError(f"--resume: {folder} is no folder of a run; to start one, leave out --resume.")
         parser.set_defaults(**config)
         args = parser.parse_args(argv)
         args.output_dir = str(folder)
-    elif args.output_dir and any(Path(args.output_dir, name).exists() for name in RUN_FILES):
+    elif args.output_dir and any(any(Path(args.output_dir).glob(name)) for name in RUN_FILES):
         raise UserError(f"--output_dir {args.output_dir} holds a run: add --resume, or name another folder.")
     if args.images and not args.initializer_token:
         raise UserError("--images needs --initializer_token: the word for what they show, such as cat, to start from.")
@@ -415,11 +425,15 @@ def check_resumed(args, config):
 
 
 def memory_advice(args):
-    """What to change when memory has run out: first, unless it is a resumed run, what gives the same result."""
+    """What to change when memory has run out: first what gives the same result. A resumed run can change one thing."""
     smaller = args.batch_size // 2 if args.batch_size % 2 == 0 else 1
     accum = args.batch_size * args.grad_accum // smaller
-    same = f"--batch_size {smaller} --grad_accum {accum} (the same result), then "
-    return f"take {'' if args.batch_size == 1 or args.resume else same}--gradient_checkpointing"
+    new_run = not args.resume
+    helps = {f"--batch_size {smaller} --grad_accum {accum} (the same result)": args.batch_size > 1 and new_run}
+    helps |= {"--gradient_checkpointing": not args.gradient_checkpointing}
+    helps |= {"--precision bf16": args.precision == "fp32" and new_run}
+    advice = ", then ".join([*(options for options in helps if helps[options]), "a smaller --resolution"])
+    return f"take {advice}" + (" (in a new run)" if args.resume else "")
 
 
 def main(argv=None):
@@ -430,7 +444,8 @@ def main(argv=None):
             train(args)
         except KeyboardInterrupt:
             resume = f'; python train.py --resume "{args.output_dir}" goes on from the last checkpoint'
-            print(f"\nstopped{resume if args.output_dir else ''}")
+            begun = args.output_dir and Path(args.output_dir, "config.json").exists()
+            print(f"\nstopped{resume if begun else ''}")
             sys.exit(130)
 
 

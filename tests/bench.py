@@ -45,7 +45,7 @@ def our_step(args, device):
 
     def step(i):
         batch = train.draw_batch(dataset, args.batch_size, components.schedule, i, options)
-        (train.batch_loss(components, batch).sum() / args.batch_size).backward()
+        (train.inversion_loss(components, *train.part_of(batch, 0, 1, device)).sum() / args.batch_size).backward()
         torch.nn.utils.clip_grad_norm_([learned_rows], 1.0)
         optimizer.param_groups[0]["lr"] = train.learning_rate(i, options)
         optimizer.step()
@@ -60,13 +60,11 @@ def bare_step(args, device):
     options = train.parse_options(["--batch_size", str(args.batch_size)])
     batch = train.draw_batch(dataset, args.batch_size, components.schedule, 0, options)
     latents, _, timesteps, token_ids, _ = (tensor.to(device) for tensor in batch)
-    dtype = components.unet.dtype
+    latents = latents.to(components.unet.dtype)
 
     def step(i):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            text_embeddings = components.text_encoder(token_ids).last_hidden_state
-            noise_pred = components.unet(latents, timesteps, text_embeddings).sample
-        noise_pred.float().square().mean().backward()
+        text_embeddings = components.text_encoder(token_ids).last_hidden_state
+        components.unet(latents, timesteps, text_embeddings).sample.float().square().mean().backward()
         learned_rows.grad = None
 
     return step
@@ -79,10 +77,10 @@ def classical_step(args, device):
     old = components.text_encoder.get_input_embeddings().weight.float()
     embedding = torch.nn.Embedding(len(components.tokenizer), old.shape[1], device=device)  # fp32: it is trained
     embedding.weight.data[: len(old)] = old
-    components.text_encoder.float().set_input_embeddings(embedding)
+    components.text_encoder.float().set_input_embeddings(embedding)  # and so is the whole text encoder
     original, others = embedding.weight.detach().clone(), torch.arange(len(embedding.weight)) != token_id
     optimizer = torch.optim.AdamW(embedding.parameters(), lr=1e-3)
-    vae, dtype = components.vae.to(device), components.unet.dtype
+    vae, unet = components.vae.to(device), components.unet
     images, token_ids = dataset.images.to(device), dataset.token_ids.flatten(0, 1).to(device)
 
     def step(i):
@@ -91,11 +89,10 @@ def classical_step(args, device):
         with torch.no_grad():
             latents = vae.encode(images[picks]).latent_dist.sample() * vae.config.scaling_factor
         noise, timesteps = torch.randn_like(latents), torch.randint(1000, (args.batch_size,), device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            text_embeddings = components.text_encoder(captions).last_hidden_state
-            examples = (latents, noise, timesteps, text_embeddings, components.schedule)
-            mask = torch.ones_like(latents[:, :1])
-            train.inversion_loss(components.unet, *examples, mask).mean().backward()
+        text_embeddings = components.text_encoder(captions).last_hidden_state.to(unet.dtype)
+        noisy_latents = components.schedule.add_noise(latents, noise, timesteps).to(unet.dtype)
+        noise_pred = unet(noisy_latents, timesteps, text_embeddings).sample.float()
+        (noise_pred - noise).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         embedding.weight.data[others] = original[others]

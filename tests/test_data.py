@@ -196,12 +196,13 @@ def kat(components):
 def test_captions_are_those_beside_an_image_else_the_templates(kat, tmp_path):
     for name, colour in zip("abcd", COLOURS, strict=True):
         saved(tmp_path / f"{name}.png", Image.new("RGB", (16, 16), colour))
-    texts = {"a": "\ufeffa {} toy\r\n\n  two <kat>  \nred cat\n", "b": "the {}", "c": " \n", ".own": "{} on a\ncat"}
+    texts = {"a": "\ufeffa {} toy\r\n\n  two <kat>s  \nred cat\n", "b": "the {}", "c": " \n"}
+    texts[".own"] = "a photo of a [name], [filewords]\n[filewords]\ncat"  # as A1111's
     for name, text in texts.items():
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
     dataset = data.load_dataset(kat, tmp_path, 16, "<kat>", templates_file=tmp_path / ".own.txt")
-    templates = ["<kat> on a", "<kat>, cat", "<kat> on a"]  # shorter lists begin again
-    own = [["a <kat> toy", "<kat>, two <kat>", "<kat>, red cat"], ["the <kat>"] * 3, templates, templates]
+    templates = ["a photo of a <kat>", "<kat>, cat", "a photo of a <kat>"]  # shorter lists begin again
+    own = [["a <kat> toy", "two <kat>s", "<kat>, red cat"], ["the <kat>"] * 3, templates, templates]
     assert torch.equal(dataset.images[:, :, 3, 3], torch.tensor(COLOURS) / 127.5 - 1)
     assert torch.equal(dataset.token_ids, torch.stack([mu.tokenize(kat, captions) for captions in own]))
     (tmp_path / "b.txt").write_text("a photo of {}s")

@@ -3,6 +3,8 @@
 import inspect
 import itertools
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,26 +26,24 @@ def batch():
     return latents, noise, torch.tensor([0, 250, 600, 999])
 
 
-def with_learned_rows(components):
-    """A model with two tokens of three rows in all -> its learned rows, the token ids of PROMPTS."""
+def two_tokens(components):
+    """Two tokens of three rows in all."""
     table = components.text_encoder.get_input_embeddings().weight
-    tokens = [("<kat>", table[[5, 9]].clone()), ("<pup>", table[[20]].clone())]
-    learned_rows = mu.add_tokens(components, tokens, "--token")
-    return learned_rows, mu.tokenize(components, PROMPTS)
+    return [("<kat>", table[[5, 9]].clone()), ("<pup>", table[[20]].clone())]
 
 
-def with_trained_table(components):
-    """The classical form: the whole table, with rows for the same tokens, is trained -> table, mask of the new rows."""
-    _, token_ids = with_learned_rows(components)
-    old_table, (kat, pup) = components.text_encoder.get_input_embeddings().weight, components.placeholders.values()
+def with_trained_table(components, tokens):
+    """The classical form: the whole table, with rows for the tokens, is trained -> table, mask of the new rows."""
+    mu.add_tokens(components, tokens, "--token")
+    old_table, ids = components.text_encoder.get_input_embeddings().weight, sum(components.placeholders.values(), [])
     table = torch.nn.Embedding(len(components.tokenizer), old_table.shape[1])
     with torch.no_grad():
         table.weight[: len(old_table)] = old_table
-        table.weight[[*kat, *pup]] = old_table[[5, 9, 20]]
+        table.weight[ids] = torch.cat([rows for _, rows in tokens])
     components.text_encoder.set_input_embeddings(table)
     is_new = torch.zeros(len(table.weight), 1, dtype=torch.bool)
-    is_new[[*kat, *pup]] = True
-    return table.weight, is_new, token_ids
+    is_new[ids] = True
+    return table.weight, is_new
 
 
 # --- The loss ---------------------------------------------------------------------------------------------------------
@@ -55,7 +55,8 @@ def test_loss_and_gradient_equal_the_classical_form(tiny_model, batch, predictio
     """The mean squared error with diffusers' noising and targets, and the gradient of the whole table."""
     latents, noise, timesteps = batch
     classical = mu.load_components(tiny_model)
-    table, is_new, token_ids = with_trained_table(classical)
+    table, is_new = with_trained_table(classical, two_tokens(classical))
+    token_ids = mu.tokenize(classical, PROMPTS)
     theirs = DDPMScheduler.from_pretrained(tiny_model, subfolder="scheduler", prediction_type=prediction_type)
     text_embeddings = classical.text_encoder(token_ids).last_hidden_state
     pred = classical.unet(theirs.add_noise(latents, noise, timesteps), timesteps, text_embeddings).sample
@@ -64,57 +65,69 @@ def test_loss_and_gradient_equal_the_classical_form(tiny_model, batch, predictio
     classical_losses.mean().backward()
 
     ours = mu.load_components(tiny_model)
-    learned_rows, token_ids = with_learned_rows(ours)
-    schedule = ours.schedule._replace(prediction_type=prediction_type)
-    text_embeddings = ours.text_encoder(token_ids).last_hidden_state
-    mask = torch.ones(4, 1, 8, 8)
-    losses = train.inversion_loss(ours.unet, latents, noise, timesteps, text_embeddings, schedule, mask)
+    learned_rows = mu.add_tokens(ours, two_tokens(ours), "--token")
+    ours = ours._replace(schedule=ours.schedule._replace(prediction_type=prediction_type))
+    losses = train.inversion_loss(ours, latents, noise, timesteps, token_ids, torch.ones(4, 1, 8, 8))
     losses.mean().backward()
     torch.testing.assert_close(losses, classical_losses, rtol=1e-6, atol=0)  # fp32, other order of sums
     torch.testing.assert_close(learned_rows.grad, table.grad[is_new[:, 0]], rtol=1e-4, atol=1e-8)
     assert (learned_rows.grad.norm(dim=1) > 1e-5).all()
 
 
-def test_twenty_steps_of_adamw_equal_training_the_table_with_all_other_gradients_zeroed(tiny_model):
-    ours, classical = mu.load_components(tiny_model), mu.load_components(tiny_model)
-    learned_rows, token_ids = with_learned_rows(ours)
-    table, is_new, _ = with_trained_table(classical)
-    before, start = table.detach().clone(), learned_rows.detach().clone()
-    optimizers = [torch.optim.AdamW([rows], lr=1e-2, weight_decay=0.0) for rows in (learned_rows, table)]
+def test_twenty_steps_of_train_py_equal_training_the_table_with_all_other_gradients_zeroed(
+    learn, tiny_model, image_folder, monkeypatch
+):
+    """The whole step: accumulation, clipping, AdamW without weight decay. The loss is its own, steep in places."""
+
+    def loss(components, latents, noise, timesteps, token_ids, mask):
+        text_embeddings = components.text_encoder(token_ids).last_hidden_state
+        error = components.unet(latents + noise, timesteps, text_embeddings).sample - noise
+        return timesteps * error.square().mean(dim=(1, 2, 3)) / 10
+
+    monkeypatch.setattr(train, "inversion_loss", loss)
+    folder = learn(
+        "--num_vectors", "2", "--grad_accum", "3", "--lr_scheduler", "constant", "--log_steps", "1", steps=20
+    )
+    args = train.parse_options(options(tiny_model, image_folder, "--num_vectors", "2", steps=20))
+
+    components = mu.load_components(tiny_model)
+    init_rows = mu.initial_rows(components, "cat", 2, 0)
+    table, is_new = with_trained_table(components, [("<kat>", init_rows)])
+    dataset, before = data.load_dataset(components, image_folder, 16, "<kat>"), table.detach().clone()
+    optimizer, norms = torch.optim.AdamW([table], lr=2e-2, weight_decay=0.0), []
     for step in range(20):
-        generator = train.step_generator(0, step)
-        latents, noise = (torch.randn(4, 4, 8, 8, generator=generator) for _ in range(2))
-        timesteps = train.sample_timesteps(4, 1000, generator, "uniform")
-        example = (latents, noise, timesteps, token_ids, torch.ones(4, 1, 8, 8))
-        for components, optimizer in zip((ours, classical), optimizers, strict=True):
-            train.batch_loss(components, example).mean().backward()
-            if components is classical:
-                table.grad *= is_new
-            optimizer.step()
-            optimizer.zero_grad()
+        loss(components, *train.draw_batch(dataset, 6, components.schedule, step, args)).mean().backward()
+        table.grad *= is_new
+        norms.append(torch.nn.utils.clip_grad_norm_([table], 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert min(norms) < 1 < max(norms)  # some are clipped
+    assert [row["grad_norm"] for row in read_log(folder)[1:]] == pytest.approx(norms, rel=1e-2)
     # AdamW divides by the size of the gradient: sums in another order show at entries whose gradient is nearly 0
-    torch.testing.assert_close(learned_rows, table[is_new[:, 0]], rtol=0, atol=1e-4)
+    torch.testing.assert_close(read_rows(folder), table[is_new[:, 0]], rtol=0, atol=1e-3)
     assert torch.equal(table[~is_new[:, 0]], before[~is_new[:, 0]])
-    assert ((learned_rows - start).norm(dim=1) > 0.1).all()
+    assert ((read_rows(folder) - init_rows).norm(dim=1) > 0.1).all()
 
 
 def test_masked_pixels_do_not_count(components, batch):
     """The loss, whatever it is, of the left half does not see the right half of the targets; half weight is no less."""
     latents, noise, timesteps = batch
-    text_embeddings = components.text_encoder(mu.tokenize(components, PROMPTS)).last_hidden_state
+    token_ids = mu.tokenize(components, PROMPTS)
 
     def unet(noisy_latents, *_):  # one that lets no pixel see another
-        return type("Output", (), {"sample": 0.5 * noisy_latents})
+        return SimpleNamespace(sample=0.5 * noisy_latents)
+
+    unet.dtype, components = torch.float32, components._replace(unet=unet)
 
     def loss(latents, mask):
-        return train.inversion_loss(unet, latents, noise, timesteps, text_embeddings, components.schedule, mask)
+        return train.inversion_loss(components, latents, noise, timesteps, token_ids, mask)
 
     mask, other = torch.ones(4, 1, 8, 8), latents.clone()
     mask[..., 4:], other[..., 4:] = 0, 7
     assert torch.equal(loss(latents, mask), loss(other, mask))
     assert not torch.equal(loss(latents, 1 - mask), loss(other, 1 - mask))
-    half = (latents[..., :4], noise[..., :4], timesteps, text_embeddings, components.schedule, 0.1 * mask[..., :4])
-    alone = train.inversion_loss(unet, *half)
+    half = (latents[..., :4], noise[..., :4], timesteps, token_ids, 0.1 * mask[..., :4])
+    alone = train.inversion_loss(components, *half)
     torch.testing.assert_close(loss(latents, mask), alone)  # the mean over what counts
 
 
@@ -123,8 +136,8 @@ def test_half_precision_gradients_point_the_same_way(tiny_model, batch, precisio
     gradients = []
     for dtype in (torch.float32, mu.DTYPES[precision]):
         components = mu.load_components(tiny_model, dtype)
-        learned_rows, token_ids = with_learned_rows(components)
-        losses = train.batch_loss(components, (*batch, token_ids, torch.ones(4, 1, 8, 8)))
+        learned_rows = mu.add_tokens(components, two_tokens(components), "--token")
+        losses = train.inversion_loss(components, *batch, mu.tokenize(components, PROMPTS), torch.ones(4, 1, 8, 8))
         assert losses.dtype == learned_rows.dtype == torch.float32
         losses.mean().backward()
         gradients.append(learned_rows.grad)
@@ -201,7 +214,7 @@ def test_only_the_new_rows_change_in_a_run(learn, tiny_model, monkeypatch):
 def test_the_numbers_of_a_reference_run(learn):
     """A silent change of the method shows here; an intended one is written down here."""
     log = read_log(learn("--log_steps", "1", "--seed", "1"))
-    assert [row["loss"] for row in log] == pytest.approx([1.22473, 1.13838, 1.12348, 1.2602], rel=1e-4)
+    assert [row["loss"] for row in log[1:]] == pytest.approx([1.22473, 1.13838, 1.12348, 1.2602], rel=1e-4)
     assert log[-1]["embedding_norm"] == pytest.approx(0.22709, rel=1e-4)
 
 
@@ -215,14 +228,14 @@ def test_gradient_accumulation_equals_one_large_batch(learn):
         parts = learn("--batch_size", str(size), "--grad_accum", str(count), out=f"parts{count}")
         torch.testing.assert_close(read_rows(parts), read_rows(whole), rtol=1e-5, atol=1e-6)  # other order of sums
         for name in ("loss", "grad_norm"):
-            assert read_log(parts)[0][name] == pytest.approx(read_log(whole)[0][name], rel=1e-4), name
+            assert read_log(parts)[1][name] == pytest.approx(read_log(whole)[1][name], rel=1e-4), name
 
 
 @pytest.mark.parametrize("kind, templates", [("object", data.OBJECT_TEMPLATES), ("style", data.STYLE_TEMPLATES)])
 def test_captions_are_the_templates_of_the_property(learn, components, monkeypatch, kind, templates):
     """Sampled without replacement: two steps of 27 captions see every template of either list."""
-    loss, seen = train.batch_loss, []
-    monkeypatch.setattr(train, "batch_loss", lambda c, batch: seen.extend(batch[3]) or loss(c, batch))
+    loss, seen = train.inversion_loss, []
+    monkeypatch.setattr(train, "inversion_loss", lambda *args: seen.extend(args[4]) or loss(*args))
     learn("--learnable_property", kind, "--batch_size", "27", steps=2)
     mu.add_tokens(components, [("<kat>", torch.zeros(1, 32))], "--token")
     expected = mu.tokenize(components, [template.format("<kat>") for template in templates])
@@ -233,14 +246,15 @@ def test_captions_are_the_templates_of_the_property(learn, components, monkeypat
 def test_gradients_are_clipped_to_norm_1_after_unscaling(learn, monkeypatch, precision):
     """Also with fp16's scale of 65536. AdamW is nearly blind to the size of gradients: its moments tell."""
 
-    def steep_loss(unet, latents, noise, timesteps, text_embeddings, *_):
-        error = unet(latents + noise, timesteps, text_embeddings).sample.float() - noise
+    def steep_loss(components, latents, noise, timesteps, token_ids, _):
+        noisy_latents, text_embeddings = (latents + noise).to(components.unet.dtype), mu.encode(components, token_ids)
+        error = components.unet(noisy_latents, timesteps, text_embeddings).sample.float() - noise
         return 50 * error.square().mean(dim=(1, 2, 3))
 
     monkeypatch.setattr(train, "inversion_loss", steep_loss)
     monkeypatch.setattr(mu, "choose_precision", lambda *_: precision)
     folder = learn(steps=1)
-    assert 1 < read_log(folder)[0]["grad_norm"] < 1000
+    assert 1 < read_log(folder)[1]["grad_norm"] < 1000
     optimizer = read_state(folder)["optimizer"]
     first_moment = optimizer["state"][0]["exp_avg"]
     assert optimizer["param_groups"][0]["weight_decay"] == 0  # the row is pulled nowhere
@@ -334,32 +348,39 @@ def test_in_fp16_a_gradient_that_is_not_finite_skips_its_step(learn, monkeypatch
     monkeypatch.setattr(mu, "choose_precision", lambda *_: "fp16")
     break_loss(monkeypatch, lambda i: i in (2, 3))
     folder = learn("--log_steps", "1", steps=5)
-    norms = [row["embedding_norm"] for row in read_log(folder)]
+    log = read_log(folder)
+    norms = [row["embedding_norm"] for row in log[1:]]
     assert norms[0] == norms[1] == norms[2] != norms[3] != norms[4]
+    assert [name in row for row in log[1:4] for name in ("loss", "grad_norm")] == [True, True, *[False] * 4]
+    assert not {"NaN", "Infinity"} & set(re.findall(r"\w+", (folder / "log.jsonl").read_text()))  # it stays JSON
     assert read_state(folder)["scaler"]["scale"] == 2.0**14  # halved twice
     assert read_rows(folder).isfinite().all()
 
 
-def test_nothing_that_is_not_finite_is_saved(learn, monkeypatch):
+@pytest.mark.parametrize("precision, remedy", [("fp32", "try an --lr"), ("bf16", "try --precision fp32 or an --lr")])
+def test_nothing_that_is_not_finite_is_saved(learn, monkeypatch, precision, remedy):
     break_loss(monkeypatch, lambda i: i == 4)
-    with pytest.raises(mu.UserError, match="not finite at step 4: .*--precision fp32.* --lr"):
-        learn("--save_steps", "2", steps=6)
+    with pytest.raises(mu.UserError, match=f"not finite at step 4: {remedy}"):
+        learn("--save_steps", "2", "--precision", precision, steps=6)
     assert read_rows("run").isfinite().all() and read_state("run")["step"] == 2
-    assert [row["step"] for row in read_log("run")] == [2]
+    assert [row["step"] for row in read_log("run")] == [0, 2]
 
 
 def test_each_row_of_the_log_describes_the_run_at_its_step(learn, components, capsys):
     folder = learn("--log_steps", "2", "--lr", "1e-2", steps=11)
     log = read_log(folder)
-    assert [row["step"] for row in log] == [2, 4, 6, 8, 10, 11]
+    assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 10, 11]
     rows, init_rows = read_rows(folder), mu.initial_rows(components, "cat", 1, 0)
     assert log[-1]["embedding_norm"] == pytest.approx(rows.norm().item(), rel=1e-5)
     cosine = torch.cosine_similarity(rows, init_rows).item()
     assert log[-1]["cosine_to_init"] == pytest.approx(cosine, abs=1e-5) and cosine < 0.999
     args = train.parse_options(["--steps", "11", "--lr", "1e-2", "--lr_warmup_steps", "2"])
-    assert [row["lr"] for row in log] == [train.learning_rate(row["step"] - 1, args) for row in log]
+    assert [row["lr"] for row in log[1:]] == [train.learning_rate(row["step"] - 1, args) for row in log[1:]]
+    start = {"step": 0, "eval_loss": log[0]["eval_loss"], "embedding_norm": init_rows.norm().item()}
+    assert log[0] == pytest.approx(start | {"cosine_to_init": 1}, rel=1e-5)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert lines[0].startswith(f"step 2/11: loss {log[0]['loss']:.4f}, eval_loss {log[0]['eval_loss']:.4f}")
+    assert lines[0].startswith(f"step 2/11: loss {log[1]['loss']:.4f}, eval_loss {log[1]['eval_loss']:.4f}")
     # Between rows the loss of the steps changes by chance, that of the evaluation batch by what is learned
-    jumps = {name: sum(abs(b[name] - a[name]) for a, b in itertools.pairwise(log)) for name in ("loss", "eval_loss")}
+    pairs = [*itertools.pairwise(log[1:])]
+    jumps = {name: sum(abs(b[name] - a[name]) for a, b in pairs) for name in ("loss", "eval_loss")}
     assert 0 < jumps["eval_loss"] < 0.2 * jumps["loss"]

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -51,10 +52,11 @@ def test_a_command_for_diffusers_script_sets_the_same_options():
         --save_steps 300 --preview_prompt hello --preview_steps 50 --precision fp32 --seed 3 --num_vectors 2"""
     args = train.parse_options(pasted.split())
     assert args == train.parse_options(ours.split()) and args.lr == 5e-4
-    args.__dict__.update(resume="latest", output_dir="out")
     assert train.build_parser().parse_args(["--resume_from_checkpoint", "latest"]).resume == "latest"
-    for argv in (["--num_inference_steps", "9"], ["--guidance_scale", "2"], ["--mixed_precision", "no"]):
-        assert sample.build_parser().parse_args(argv) != sample.build_parser().parse_args([])
+    pasted = "--pretrained_model_name_or_path a --num_inference_steps 9 --guidance_scale 2 --mixed_precision no --out b"
+    ours = "--model a --steps 9 --guidance 2 --precision no --output_dir b"
+    parse = sample.build_parser().parse_args
+    assert parse(pasted.split()) == parse(ours.split()) != parse([])
 
 
 def test_unknown_options_are_all_named_at_once_without_the_whole_usage(capsys):
@@ -104,7 +106,10 @@ TRAIN_MISTAKES = {
     "--model empty": ["--model", "its part 'text_encoder' cannot be loaded"],
     "--precision fp16": ["--precision fp16", "needs a GPU"],
     "--output_dir images/run": ["--output_dir images/run", "lies in --images"],
-    "--resume empty": ["--resume", "empty is no folder of a run"],
+    "--resume=latest --output_dir new": ["--resume", "new is no folder of a run", "leave out --resume"],
+    "--seed=-1": ["--seed", "must be 0 or more"],
+    "--lr_warmup_steps=-1": ["--lr_warmup_steps", "must be 0 or more"],
+    "--batch_size 0": ["--batch_size", "must be 1 or more"],
 }
 
 
@@ -228,23 +233,32 @@ def test_precision_is_half_on_a_gpu_and_full_elsewhere(bf16, monkeypatch):
     assert chosen == ["fp32", "fp32", "fp32", "bf16"]
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()]
-)
-def test_out_of_memory_names_the_options_that_give_the_same_result(error, place, refused, monkeypatch):
-    def fail(*_):
-        raise error
+NO_MEMORY = {
+    "--batch_size 4": "take --batch_size 2 --grad_accum 2 (the same result), then --gradient_checkpointing, then "
+    "--precision bf16, then a smaller --resolution.",
+    "--batch_size 3 --grad_accum 2 --precision bf16": "take --batch_size 1 --grad_accum 6 (the same result), then "
+    "--gradient_checkpointing, then a smaller --resolution.",
+    "--batch_size 1 --gradient_checkpointing": "take --precision bf16, then a smaller --resolution.",
+    "--resume run --steps 9": "take --gradient_checkpointing, then a smaller --resolution (in a new run).",
+}
 
-    monkeypatch.setattr(train, "inversion_loss", fail)
-    argv = options("model", "images", "--batch_size", "4", "--output_dir", "run")
-    assert "--batch_size 2 --grad_accum 2" in refused(train.main, argv)
-    monkeypatch.setattr(sample, "guided", fail)
+
+@pytest.mark.parametrize("argv", NO_MEMORY)
+def test_out_of_memory_names_options_that_help_and_are_not_in_use(argv, place, refused, monkeypatch, finished):
+    errors = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()]
+    shutil.copytree(finished, "run")
+    for error in errors:
+        monkeypatch.setattr(train, "inversion_loss", Mock(side_effect=error))
+        new = [] if "--resume" in argv else options("model", "images")
+        sentence = refused(train.main, [*new, *argv.split()])
+        assert sentence == f"error: out of memory: {NO_MEMORY[argv]}"
+    monkeypatch.setattr(sample, "guided", Mock(side_effect=errors[0]))
     assert "--batch_size" in refused(sample.main, ["--model", "model", "--prompt", "a cat"])
 
 
 def test_a_defect_keeps_its_traceback(place, monkeypatch):
     monkeypatch.setattr(train, "inversion_loss", lambda *_: None)
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         train.main(options("model", "images"))
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -92,6 +93,7 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(tiny_model, image_folder,
     subprocess.run([*argv, "--output_dir", str(tmp_path / "whole")], check=True, capture_output=True)
     process = subprocess.Popen([*argv, "--output_dir", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "state.pt").exists():
+        assert process.poll() is None  # it is at work
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL and read_state(tmp_path / "killed")["step"] < 150
@@ -116,6 +118,13 @@ def test_ctrl_c_says_how_to_go_on(tiny_model, image_folder, tmp_path, monkeypatc
     assert read_state("a run")["step"] == 4
 
 
+def test_ctrl_c_before_there_is_a_run_speaks_of_none(tiny_model, image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mu, "load_components", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        train.main(options(tiny_model, image_folder, "--output_dir", str(tmp_path / "new")))
+    assert capsys.readouterr().out == "\nstopped\n"
+
+
 # --- Which run is resumed, and with which options ---------------------------------------------------------------------
 
 
@@ -138,7 +147,8 @@ def test_resume_keeps_every_option(run):
         config = {"recipe": "notebook", "device": "cpu", "precision": "bf16", "lr": 0.125}
         config |= {"initializer_token": "a dog", "output_dir": str(run), "resume": "latest"}
         for action in train.build_parser()._actions[1:]:
-            value = flag if action.nargs == 0 else 7 if action.type in (int, mu.one_or_more) else "-dashed words"
+            number = 7 if action.type in (mu.zero_or_more, mu.one_or_more) else "-dashed words"
+            value = flag if action.nargs == 0 else number
             config.setdefault(action.dest, [*action.choices][-1] if action.choices else value)
         (run / "config.json").write_text(json.dumps(config))
         assert vars(train.parse_options(["--resume"])) == config
@@ -160,7 +170,7 @@ def test_a_finished_run_is_left_alone_and_fewer_steps_are_refused(run, refused, 
     assert capsys.readouterr().out == "complete at step 4: --steps N trains on\n"
     assert "has done 4 already" in refused(train.main, ["--resume", run, "--steps", "3"])
     assert contents(run) == before
-    assert [row["step"] for row in read_log(resume(run, "--steps", "6"))] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in read_log(resume(run, "--steps", "6"))] == [*range(7)]
 
 
 def test_the_precision_of_a_run_is_kept_on_another_machine(learn, refused):
@@ -225,15 +235,40 @@ def test_a_run_ends_by_naming_its_files_its_speed_and_a_command_that_works(learn
 def test_runs_never_overwrite_each_other(learn, refused, tiny_model, image_folder):
     folders = [learn(steps=1, out="") for _ in range(2)]
     assert [folder.name for folder in folders] == ["kat", "kat-2"] and folders[0].parent.name == "runs"
-    before = contents(folders[0])
-    assert "holds a run" in refused(train.main, options(tiny_model, image_folder, "--output_dir", folders[0]))
-    assert contents(folders[0]) == before
+    argv = ["--output_dir", "scored", "--preview_steps", "1", "--save_steps", "1", "--score"]
+    for file in learn(*argv, steps=1).iterdir():  # any of them alone, also one of another program
+        Path("other", file.name).mkdir(parents=True)
+        Path("other", file.name, file.name).write_bytes(b"of another program")
+        argv = options(tiny_model, image_folder, "--output_dir", f"other/{file.name}")
+        assert "holds a run" in refused(train.main, argv), file
+        assert contents(f"other/{file.name}") == {file.name: b"of another program"}
+
+
+def test_a_second_token_that_an_edit_adds_is_saved_as_one(learn, monkeypatch):
+    add_one = mu.add_tokens
+
+    def add_two(components, tokens, option):
+        return add_one(components, [*tokens, ("<b>", -tokens[0][1])], option)
+
+    monkeypatch.setattr(mu, "add_tokens", add_two)
+    path = learn("--num_vectors", "2") / "learned_embeds.safetensors"
+    rows = {name: mu.load_embedding(path, name)[1] for name in ("<kat>", "<b>")}
+    assert [len(x) for x in rows.values()] == [2, 2] and not torch.equal(*rows.values())
 
 
 def test_a_run_is_scored_at_the_end_where_the_model_has_a_clip(learn):
     scores = json.loads((learn("--score", "--seed", "5", steps=1) / "scores.json").read_text())
     assert list(scores["tokens"]) == ["cat", "<kat>"] and scores["seed"] == 5
     assert not (learn("--no-score", steps=1, out="other") / "scores.json").exists()
+
+
+def test_processes_without_a_part_of_a_step_are_noted(learn, monkeypatch, capsys):
+    monkeypatch.setattr(train, "join_processes", lambda device: (0, 3))
+    monkeypatch.setattr(train, "dist", Mock())
+    learn("--grad_accum", "2", out="four images")
+    assert "note" not in capsys.readouterr().err
+    learn("--batch_size", "1", "--grad_accum", "2", out="two images")
+    assert "note: 3 processes, but a step has only 2 images" in capsys.readouterr().err
 
 
 def test_two_processes_learn_what_one_learns(learn, tiny_model, image_folder):
@@ -248,5 +283,6 @@ def test_two_processes_learn_what_one_learns(learn, tiny_model, image_folder):
     assert done.stdout.count("embedding  ") == done.stdout.count("training  ") == 1  # one process speaks
     torch.testing.assert_close(read_rows("two"), read_rows(one), atol=1e-5, rtol=0)
     for ours, theirs in zip(read_log("two"), read_log(one), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        # AdamW hardly sees whether gradients are added or averaged: their norm does
+        assert ours == {name: pytest.approx(value, rel=1e-3) for name, value in theirs.items()}
     assert read_state(resume("two", "--steps", "5"))["step"] == 5

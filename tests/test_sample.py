@@ -43,12 +43,6 @@ def noise_images(count, seed=0):
 # --- Tokens, prompts, model and settings ------------------------------------------------------------------------------
 
 PHOTOS = [("object", "a photo of a <kat>"), ("style", "a painting in the style of <kat>")]
-FILES_ASKED_FOR = [
-    ([], ["run's", "r1", "fp16"]),
-    (["--revision", "main", "--variant", "bf16"], ["run's", "main", "bf16"]),
-    (["--model", "other"], ["other", None, None]),
-    (["--model", "other", "--revision", "main", "--variant", "bf16"], ["other", "main", "bf16"]),
-]
 
 
 @pytest.mark.parametrize("kind, prompt", PHOTOS)
@@ -72,7 +66,7 @@ def test_nothing_is_overwritten_and_a_seed_determines_an_image(run):
     before = {path: path.read_bytes() for path in samples.iterdir()}
     sample.main(["--steps", "2", "--num_images", "2", "--seed", "1", "--batch_size", "1"])
     assert before == {path: path.read_bytes() for path in before}
-    assert pngs(samples) == [*(f"{i:04d}.png" for i in range(5)), "grid.png", "grid2.png"]
+    assert pngs(samples) == [*(f"{i:04d}.png" for i in range(5)), "grid-2.png", "grid.png"]
     for old, new in (("0001.png", "0003.png"), ("0002.png", "0004.png")):
         assert Image.open(samples / old).text["seed"] == Image.open(samples / new).text["seed"]
         assert np.abs(pixels(samples / old) - pixels(samples / new)).max() <= 1
@@ -124,23 +118,6 @@ def test_the_model_alone_takes_the_advice_of_its_folder_unless_an_option_overrid
         assert image.tobytes() == expected.tobytes() and image.size == (8, height)
     assert pngs("samples") == ["0000.png", "0001.png", "0002.png"]  # a single image needs no grid
     assert "note" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("argv, expected", FILES_ASKED_FOR)
-def test_model_revision_and_variant_are_the_runs_unless_another_model_is_named(run, monkeypatch, argv, expected):
-    config = mu.read_json(run / "config.json") | {"model": "run's", "revision": "r1", "variant": "fp16"}
-    (run / "config.json").write_text(json.dumps(config))
-    asked = []
-
-    def load_components(model, dtype, revision, variant):
-        asked.extend([model, revision, variant])
-        raise mu.UserError("enough")
-
-    monkeypatch.setattr(mu, "load_components", load_components)
-    for embedding in (run, run / "learned_embeds-steps-2.safetensors"):
-        with pytest.raises(mu.UserError, match="enough"):
-            sample.run(sample.build_parser().parse_args(["--embedding", str(embedding), *argv]))
-    assert asked == expected * 2
 
 
 # --- Grids, curves and PNG files --------------------------------------------------------------------------------------
@@ -226,6 +203,9 @@ def test_score_writes_the_scores_of_the_initializer_and_the_token(run, tiny_mode
     clip, tokens = sample.load_clip(tiny_model, "cpu"), ["cat", "<kat>"]
     expected = sample.score_tokens(components, clip, training_images, tokens, "object", **settings)
     assert written == {"tokens": expected, **settings}
+    before, early = (run / "scores.json").read_bytes(), run / "learned_embeds-steps-2.safetensors"
+    sample.main(["--score", "--num_images", "2", "--steps", "1", "--embedding", str(early)])
+    assert (run / "scores.json").read_bytes() == before != (run / "scores-steps-2.json").read_bytes()
     output = capsys.readouterr().out
     for found in [*expected["cat"].values(), *expected["<kat>"].values()]:
         assert f"{found['mean']:.3f} +- {found['error']:.3f}" in output

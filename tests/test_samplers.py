@@ -187,7 +187,7 @@ def load_both(model, folder):
     rows = table.std() * torch.randn(4, table.shape[1], generator=torch.Generator().manual_seed(3))
     tokens = [("<kat>", rows[:3]), ("<pup>", rows[3:])]
     for token, vectors in tokens:
-        mu.save_embedding(folder / "embedding.safetensors", token, vectors, "a model")
+        mu.save_embedding(folder / "embedding.safetensors", [(token, vectors)], "a model")
         pipeline.load_textual_inversion(str(folder / "embedding.safetensors"))
     mu.add_tokens(components, tokens, "--token")
     return components, pipeline

@@ -94,9 +94,10 @@ def test_an_initializer_is_words_an_embedding_file_or_a_runs_folder(components, 
     noise = rows[2:] - torch.stack([red, cat, red, cat, red])
     # A tenth of the deviation of the words' entries, as 160 normal numbers tell it: within 5 standard errors
     assert abs(noise.std() / torch.stack([red, cat]).std() - 0.1) < 0.1 * 5 / (2 * 160) ** 0.5
-    mu.save_embedding("three.pt", "<x>", THREE, "model")
+    mu.save_embedding("three.pt", [("<x>", THREE)], "model")
     assert torch.equal(start("three.pt", 3), THREE) and torch.equal(start("three.pt", 2), THREE[:2])
-    torch.testing.assert_close(start("three.pt"), THREE.mean(dim=0, keepdim=True))
+    torch.testing.assert_close(start("three.pt", 1), THREE.mean(dim=0, keepdim=True))
+    assert torch.equal(start("three.pt", None), THREE) and torch.equal(start("cat", None), cat[None])
     for folder in ("runs/kat", "kat"):
         assert torch.equal(start(str(run.rename(folder))), mu.load_embedding(folder)[1])
     for wrong in ("", "  ", "<|endoftext|>", "cat <|endoftext|>"):
@@ -104,6 +105,17 @@ def test_an_initializer_is_words_an_embedding_file_or_a_runs_folder(components, 
             start(wrong)
     with pytest.raises(UserError, match="^--initializer_token nowhere/kat: no such file"):
         start("nowhere/kat")
+
+
+def test_an_initializer_of_several_pieces_is_noted(components, capsys):
+    for words, note in {
+        "red cat": "",
+        " Cat": "",
+        "dogcat": "do + g + cat",
+        "cat redtoy": "cat + re + d + toy",
+    }.items():
+        assert mu.initial_rows(components, words, None, 0).isfinite().all()
+        assert (f"'{words}' is {note} to the model" in capsys.readouterr().err) == bool(note), words
 
 
 def test_every_vector_of_every_token_is_looked_up_in_its_own_row(components):
@@ -165,14 +177,30 @@ def test_of_several_tokens_in_a_file_and_files_in_a_folder_one_is_chosen_by_its_
     tokens = [mu.load_embedding(path, token, 32) for token in ("<pup>", "<kat>")]
     assert torch.equal(mu.add_tokens(components, tokens, "--token"), torch.cat([THREE, ONE]))
     assert list(components.placeholders) == ["<pup>", "<kat>"]
-    for token in (None, "<finn>"):
-        with pytest.raises(UserError, match=r"it holds <(kat>, <pup|pup>, <kat)> \(sample.py --token chooses\)"):
-            mu.load_embedding(path, token)
+    for option, remedy in {"--embedding": "--token 'NAME=<my-cat>' takes one", "--initializer_token": "name a"}.items():
+        for token in (None, "<finn>", "<finn>=<kat>"):
+            with pytest.raises(UserError, match=rf"it holds <(kat>, <pup|pup>, <kat)>; {remedy}"):
+                mu.load_embedding(path, token, option=option)
     for found in ("learned_embeds.bin", "learned_embeds.safetensors"):  # each is preferred to the last
         path.unlink(missing_ok=True)
         rows = torch.randn(1, 8)
         write(tmp_path / found, {"<kat>": rows})
         assert torch.equal(mu.load_embedding(str(tmp_path))[1], rows)
+
+
+def test_a_token_whose_name_exists_is_chosen_and_renamed_at_once(tmp_path, components):
+    """As in the paper's files, whose tokens are * and @. The sentence that refuses "*" says how."""
+    ids, rows = {"*": torch.tensor(265), "@": torch.tensor(31)}, nn.ParameterDict({"*": ONE, "@": THREE})
+    path = write(tmp_path / "two.pt", {"string_to_token": ids, "string_to_param": rows})
+    for name, expected in (("*", ONE), ("@", THREE)):
+        found, read = mu.load_embedding(path, name, 32)
+        assert found == name and torch.equal(read, expected)
+        with pytest.raises(UserError, match=re.escape(f"--token '{name}=<my-cat>'")):
+            mu.add_tokens(components, [(found, read)], "--token")
+        found, read = mu.load_embedding(path, f"{name}=<kat>", 32)
+        assert found == "<kat>" and torch.equal(read, expected)
+    alone = write(tmp_path / "alone.safetensors", {"=w=": ONE})
+    assert mu.load_embedding(alone)[0] == mu.load_embedding(alone, "=w=")[0] == "=w="
 
 
 def test_what_is_no_embedding_is_said_with_option_and_path(tmp_path):
@@ -199,9 +227,9 @@ def test_what_is_no_embedding_is_said_with_option_and_path(tmp_path):
 def test_a_saved_file_is_one_plain_fp32_tensor_and_always_the_same(rows, shape, tmp_path):
     """A single vector is 1-D, as in the concept library."""
     path = tmp_path / "learned_embeds.safetensors"
-    mu.save_embedding(path, "<kätzchen>", nn.Parameter(rows.double()), "owner/model")
+    mu.save_embedding(path, [("<kätzchen>", nn.Parameter(rows.double()))], "owner/model")
     content = path.read_bytes()
-    mu.save_embedding(path, "<kätzchen>", rows, "owner/model")
+    mu.save_embedding(path, [("<kätzchen>", rows)], "owner/model")
     assert path.read_bytes() == content and len(content) < 1000
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {"base_model": "owner/model"} and list(file.keys()) == ["<kätzchen>"]
@@ -212,14 +240,14 @@ def test_a_saved_file_is_one_plain_fp32_tensor_and_always_the_same(rows, shape, 
 def test_diffusers_loads_a_saved_file_and_encodes_the_same_prompts(tiny_model, components, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, low_cpu_mem_usage=False)
     for name, rows in (("<one>", ONE), ("<three>", THREE)):
-        mu.save_embedding(tmp_path / f"{name}.safetensors", name, rows, "owner/model")
-        pipeline.load_textual_inversion(str(tmp_path / f"{name}.safetensors"))
-    mu.add_tokens(
-        components, [mu.load_embedding(tmp_path / f"{name}.safetensors") for name in ("<one>", "<three>")], ""
-    )
+        mu.save_embedding(tmp_path / f"{name}.safetensors", [(name, rows)], "owner/model")
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.safetensors").rename(tmp_path / name / "learned_embeds.safetensors")
+        pipeline.load_textual_inversion(str(tmp_path / name))  # a run's folder, as README says
+    mu.add_tokens(components, [mu.load_embedding(tmp_path / name) for name in ("<one>", "<three>")], "")
     prompts = ["a photo of <one> on a red background", "two <three>, a cat", "<three><one>"]
     theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
-    ours = components.text_encoder(mu.tokenize(components, prompts)).last_hidden_state
+    ours = mu.encode(components, mu.tokenize(components, prompts))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # rounding of fp32
 
 
