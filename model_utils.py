@@ -116,8 +116,8 @@ def initial_rows(components, initializer, num_vectors, seed):
     """The rows [num_vectors, dim] that a token starts with, fp32 on the CPU.
 
     initializer: words, or an embedding's file or folder. One vector starts as the mean of its rows; several take one
-    each, and repeat them with a little noise if there are fewer. num_vectors None: as many as an embedding has, one for
-    words. UserError if it is neither known words nor an embedding.
+    each, and repeat them with a little noise if there are fewer. None: as many as the embedding has, or one for words.
+    UserError if it is neither known words nor an embedding.
     """
     tokenizer, table = components.tokenizer, components.text_encoder.get_input_embeddings().weight
     token_ids = tokenizer(initializer, add_special_tokens=False).input_ids
@@ -236,12 +236,8 @@ def to_pil(images):
 
 
 def save_embedding(path, tokens, base_model):
-    """Write tokens, pairs of a name and its rows [n, dim], in diffusers' format: {token: fp32 tensor [n, dim]}.
-
-    A single vector is 1-D, as InvokeAI wants it.
-    """
-    content = {token: rows.detach().float().cpu().clone() for token, rows in tokens}
-    content = {token: rows[0] if len(rows) == 1 else rows for token, rows in content.items()}
+    """Write pairs of a token and its rows [n, dim] as diffusers does: {token: fp32 tensor}, 1-D for one vector."""
+    content = {token: rows.detach().float().cpu().squeeze(0).clone() for token, rows in tokens}
     write_whole(path, safetensors.torch.save(content, metadata={"base_model": base_model}))
 
 
@@ -249,9 +245,8 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     """Read an embedding -> its token, its rows [n, dim] in fp32. source: a file, a folder that holds one, or a Hub id.
 
     Any program's file: diffusers', A1111's, the paper's, kohya's, OneTrainer's, InvokeAI's, SDXL's (clip_l is taken),
-    a bare tensor. token: chooses one of several, or gives another name, or both ("*=<kat>"); dim: the width of the
-    model's embeddings; option: names the source in a UserError, which says what is wrong. Nothing in a file can run
-    code.
+    a bare tensor. token: chooses one of several, or gives another name, or both ("*=<kat>"); dim: the model's width;
+    option: names the source in a UserError, which says what is wrong. Nothing in a file can run code.
     """
     path = find_embedding(source, option)
     try:
@@ -367,8 +362,8 @@ class Components(NamedTuple):
 def load_components(model, dtype=torch.float32, revision=None, variant=None):
     """Components of a folder in diffusers' layout or a Hub id, on the CPU.
 
-    dtype: of UNet and text encoder. variant: 'fp16' reads the files named *.fp16.*; a folder that has no others needs
-    no variant. UserError if it is no Stable Diffusion 1 or 2, with the part and the reason.
+    dtype: of UNet and text encoder. variant: 'fp16' reads the files named *.fp16.*. UserError if it is no Stable
+    Diffusion 1 or 2, with the part and the reason.
     """
     if Path(model).is_file():
         folder = Path(model).with_suffix("").as_posix()
@@ -402,9 +397,6 @@ def load_components(model, dtype=torch.float32, revision=None, variant=None):
 
 def load_part(part_class, model, part, dtype, revision, variant):
     """One frozen network of a model."""
-    names = [path.name for path in Path(model, part).glob("*") if path.suffix in (".safetensors", ".bin")]
-    if names and all(".fp16" in name for name in names):
-        variant = variant or "fp16"
     with loading(model, part):
         # dtype is given: by default transformers takes the file's, and rows in half precision do not learn.
         # low_cpu_mem_usage=True would need accelerate
@@ -472,16 +464,11 @@ def make_parser(description):
     return argparse.ArgumentParser(description=description, usage=usage, allow_abbrev=False)
 
 
-def zero_or_more(text, least=0):
-    """Type of an argparse option: a whole number that is not negative."""
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be {least} or more")
-    return int(text)
-
-
 def one_or_more(text):
     """Type of an argparse option: a whole number of at least 1."""
-    return zero_or_more(text, 1)
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
 
 
 def full_path(text):

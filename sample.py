@@ -13,7 +13,6 @@ import math
 import re
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -106,12 +105,18 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
 # --- Generating images ------------------------------------------------------------------------------------------------
 
 
-def guided(unet, context, guidance, callback):
-    """denoise(x, t) for the samplers, with classifier-free guidance (Ho and Salimans 2022) of scale `guidance`.
+def denoiser(components, prompts, negative_prompt="", guidance=1.0, callback=lambda: None):
+    """denoise(x, t) for the samplers: what the UNet predicts for prompts [B] at timestep t.
 
-    context: text_embeddings [B, L, dim], or [2B, L, dim] with those of the negative prompts first, to be guided away
-    from. callback() is called after each call of the UNet.
+    With classifier-free guidance (Ho and Salimans 2022) of scale `guidance`, away from the negative prompt; at a scale
+    of 1 or less the prompts alone are used, at half the cost. callback() is called after each call of the UNet.
     """
+    unet = components.unet
+    distinct = list(dict.fromkeys([negative_prompt, *prompts]))  # each is encoded once
+    encoded = mu.encode(components, mu.tokenize(components, distinct).to(components.device))
+    embeddings = dict(zip(distinct, encoded, strict=True))  # {prompt: [L, dim]}
+    text = torch.stack([embeddings[prompt] for prompt in prompts])  # [B, L, dim]
+    context = torch.cat([embeddings[negative_prompt].expand_as(text), text]) if guidance > 1 else text
 
     def denoise(x, t):
         batch = torch.cat([x] * (len(context) // len(x)))  # [B or 2B, 4, h, w]: both halves in one call
@@ -135,24 +140,18 @@ def generate(
     Each starts from torch.randn((1, C, h, w)) of a CPU generator with its seed and takes all later noise from it, so
     that no image depends on the batch it is in. height, width: pixels (default: the model's own).
     """
-    unet, device, factor = components.unet, components.device, components.pixels_per_latent
+    device, factor = components.device, components.pixels_per_latent
     height, width = height or components.resolution, width or components.resolution
     if height % factor or width % factor:
         raise UserError(f"--height {height}, --width {width}: this model needs multiples of {factor} pixels.")
-    shape = (1, unet.config.in_channels, height // factor, width // factor)
+    shape = (1, components.unet.config.in_channels, height // factor, width // factor)
     timesteps = inference_timesteps(components.schedule, steps, sampler)
-    distinct = list(dict.fromkeys([negative_prompt, *prompts]))  # each is encoded once
-    encoded = mu.encode(components, mu.tokenize(components, distinct).to(device))
-    embeddings = dict(zip(distinct, encoded, strict=True))  # {prompt: [L, dim]}
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     with tqdm(total=len(batches) * steps, desc="generating", unit="step", disable=None if progress else True) as bar:
         for batch in batches:
-            text = torch.stack([embeddings[prompt] for prompt in prompts[batch]])  # [B, L, dim]
-            negative = embeddings[negative_prompt].expand_as(text)
+            denoise = denoiser(components, prompts[batch], negative_prompt, guidance, bar.update)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
             noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-            context = torch.cat([negative, text]) if guidance > 1 else text  # else at half the cost
-            denoise = guided(unet, context.to(unet.dtype), guidance, bar.update)
             latents = SAMPLERS[sampler](denoise, noise, timesteps, components.schedule, generators)  # [B, 4, h, w]
             yield from mu.decode_latents(components, latents)
 
@@ -371,23 +370,21 @@ def run(args):
     each_prompt = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(args.seed, args.seed + len(each_prompt))
     stored = {**settings, "model": config["model"], "embeddings": args.embedding or folder}
-    images, start = [], time.perf_counter()
+    images = []
     for i, image in enumerate(generate(components, each_prompt, seeds, **settings)):
         out.mkdir(parents=True, exist_ok=True)
         path = next_free(out, (f"{number:04d}.png" for number in itertools.count()))
         save_png(image, path, {"prompt": each_prompt[i], "seed": seeds[i], **stored})
         images.append(image)
-    seconds = (time.perf_counter() - start) / (math.ceil(len(images) / settings["batch_size"]) * settings["steps"])
     if len(images) > 1:
         grid = image_grid(images, count if len(prompts) > 1 else math.ceil(count**0.5), prompts)
         path = next_free(out, numbered("grid", ".png"))
         save_png(grid, path, {"prompt": prompts, "seed": args.seed, **stored})
     print(f"images     {len(images)} in {out}")
-    print(f"speed      {seconds:.3f} s a step{mu.peak_memory(components.device)}")
 
 
 def main(argv=None):
-    advice = "take a smaller --batch_size, --precision bf16 or fp16, or a smaller --height and --width"
+    advice = "take a smaller --batch_size, --precision bf16, or a smaller --height and --width"
     with mu.one_sentence_errors(advice):
         run(build_parser().parse_args(argv))
 

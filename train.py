@@ -99,12 +99,12 @@ def part_of(batch, index, count, device):
     return [(tensor.pin_memory() if on_cuda else tensor).to(device, non_blocking=on_cuda) for tensor in part]
 
 
-def measure(components, eval_parts, learned_rows, init_rows):
-    """What is logged of the rows as they are. The evaluation loss is of examples that never change, for less noise."""
-    with torch.no_grad():
-        eval_loss = torch.cat([inversion_loss(components, *part) for part in eval_parts]).mean().item()
+@torch.no_grad()
+def measure(components, eval_batch, learned_rows, init_rows):
+    """What is logged of the rows as they are. The evaluation batch never changes, while the loss of steps is noisy."""
+    eval_loss = inversion_loss(components, *eval_batch).mean()
     norm, cosine = learned_rows.norm(dim=1).mean(), torch.cosine_similarity(learned_rows, init_rows).mean()
-    return {"eval_loss": eval_loss, "embedding_norm": norm.item(), "cosine_to_init": cosine.item()}
+    return {"eval_loss": eval_loss.item(), "embedding_norm": norm.item(), "cosine_to_init": cosine.item()}
 
 
 def join_processes(device):
@@ -148,7 +148,8 @@ def train(args):
     # fp16: the loss is scaled up so that small gradients do not vanish
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     scaler.scale(torch.zeros((), device=device))  # makes its scale; a process that has no part of a step needs it too
-    folder = Path(args.output_dir) if args.output_dir else free_folder(args.placeholder_token)
+    name = "".join(c for c in args.placeholder_token if c.isalnum() or c in "-_") or "token"
+    folder = Path(args.output_dir) if args.output_dir else sample.next_free("runs", sample.numbered(name))
     first_step, log = restore(folder, learned_rows, optimizer, scaler) if args.resume else (0, [])
     images_per_step = args.batch_size * args.grad_accum  # however many processes
     if rank == 0:
@@ -165,12 +166,11 @@ def train(args):
     # 3. The loop. A step is cut into at least grad_accum parts, of batch_size images or fewer, and equally many for
     # each process
     num_parts = processes * math.ceil(args.grad_accum / processes)
-    eval_batch = draw_batch(dataset, max(4, args.batch_size), components.schedule, EVAL_SEED, args)
-    eval_count = math.ceil(len(eval_batch[0]) / args.batch_size)
-    eval_parts = [part_of(eval_batch, index, eval_count, device) for index in range(eval_count)]
-    log = log or [{"step": 0} | measure(components, eval_parts, learned_rows, init_rows)]
+    eval_draw = draw_batch(dataset, max(4, args.batch_size), components.schedule, EVAL_SEED, args)
+    eval_batch = part_of(eval_draw, 0, 1, device)
+    log = log or [{"step": 0} | measure(components, eval_batch, learned_rows, init_rows)]
     intervals = (args.log_steps, args.save_steps, args.preview_steps)
-    loss_sum, loss_images = torch.zeros((), device=device), 0
+    loss_sum = torch.zeros((), device=device)
     learned_rows.grad = torch.zeros_like(learned_rows)  # a tensor also in a process that has no part of a step
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank > 0 or None)  # None: if no terminal
     mu.peak_memory(device)  # forget what encoding the images took
@@ -197,7 +197,6 @@ def train(args):
 
         done = step + 1
         bar.update()
-        loss_images += images_per_step
         log_step, save_step, preview_step = (n > 0 and (done % n == 0 or done == args.steps) for n in intervals)
         if not (log_step or save_step or preview_step):
             continue
@@ -205,11 +204,11 @@ def train(args):
         # Now and then: log, preview, checkpoint; each adds to the log. The only place that waits for the device
         if processes > 1:
             dist.all_reduce(loss_sum)
-        loss = loss_sum.item() / loss_images
+        loss = loss_sum.item() / ((done - log[-1]["step"]) * images_per_step)
         seconds += time.perf_counter() - start
         memory = memory or mu.peak_memory(device)  # of the steps alone
         entry = {"step": done, "loss": loss, "lr": lr, "grad_norm": grad_norm.item()}
-        entry |= measure(components, eval_parts, learned_rows, init_rows)
+        entry |= measure(components, eval_batch, learned_rows, init_rows)
         if not math.isfinite(entry["eval_loss"]):  # so it is too if the rows are not finite: stop before all is saved
             remedy = "" if args.precision == "fp32" else "--precision fp32 or "
             raise UserError(f"the loss is not finite at step {done}: try {remedy}an --lr below {args.lr}.")
@@ -221,7 +220,7 @@ def train(args):
             if save_step:
                 save(folder, done, args, components.placeholders, learned_rows, optimizer, scaler)
         loss_sum.zero_()
-        loss_images, start = 0, time.perf_counter()
+        start = time.perf_counter()
     bar.close()
 
     # 4. How well it went
@@ -242,12 +241,6 @@ def train(args):
 # --- The run's folder -------------------------------------------------------------------------------------------------
 
 CURVES = ["eval_loss", "loss", "grad_norm", "embedding_norm", "cosine_to_init"]  # of log.jsonl
-
-
-def free_folder(token):
-    """The first of runs/<token>, runs/<token>-2, ... that does not exist."""
-    name = "".join(c for c in token if c.isalnum() or c in "-_") or "token"
-    return sample.next_free("runs", sample.numbered(name))
 
 
 def save(folder, step, args, placeholders, learned_rows, optimizer, scaler):
@@ -354,9 +347,9 @@ def build_parser():
     add("--scale_lr", **flag, default=False, help="multiply the learning rate by the images per step")
     add("--lr_scheduler", choices=["constant", "constant_with_warmup", "linear", "cosine"],
         help="learning rate schedule (notebook constant, fast cosine)")
-    add("--lr_warmup_steps", type=mu.zero_or_more, help="steps of linear warm-up (notebook 0, fast 10)")
+    add("--lr_warmup_steps", type=int, help="steps of linear warm-up (notebook 0, fast 10)")
     add("--timestep_sampling", choices=["uniform", "cubic"], help="cubic: higher noise (notebook uniform, fast cubic)")
-    add("--seed", type=mu.zero_or_more, default=0, help="random seed (0)")
+    add("--seed", type=int, default=0, help="random seed (0)")
     add = parser.add_argument_group("hardware").add_argument
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="device to train on")
     add("--precision", "--mixed_precision", choices=mu.PRECISIONS, default="auto", help="precision of the weights")
@@ -368,8 +361,7 @@ def build_parser():
         help="continue the run in this folder, in --output_dir, or the newest one")
     add("--save_steps", "--checkpointing_steps", type=mu.one_or_more, default=100, help="steps between saves (100)")
     add("--log_steps", type=mu.one_or_more, default=20, help="steps between lines of log.jsonl (20)")
-    add("--preview_steps", "--validation_steps", type=mu.zero_or_more, default=100,
-        help="steps between previews (100; 0: none)")
+    add("--preview_steps", "--validation_steps", type=int, default=100, help="steps between previews (100; 0: none)")
     add("--preview_prompt", "--validation_prompt", help="prompt of the previews (default: a photo of the token)")
     add("--score", **flag, default=True, help="compute CLIP scores at the end, if the model has a clip/")
     # fmt: on
@@ -391,6 +383,8 @@ def parse_options(argv=None):
         args.output_dir = str(folder)
     elif args.output_dir and any(any(Path(args.output_dir).glob(name)) for name in RUN_FILES):
         raise UserError(f"--output_dir {args.output_dir} holds a run: add --resume, or name another folder.")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: take 0 or a larger number.")
     if args.images and not args.initializer_token:
         raise UserError("--images needs --initializer_token: the word for what they show, such as cat, to start from.")
     args.images = args.images or mu.full_path(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
@@ -425,15 +419,12 @@ def check_resumed(args, config):
 
 
 def memory_advice(args):
-    """What to change when memory has run out: first what gives the same result. A resumed run can change one thing."""
+    """What to change when memory has run out: what gives the same result first. A resumed run can change one thing."""
     smaller = args.batch_size // 2 if args.batch_size % 2 == 0 else 1
-    accum = args.batch_size * args.grad_accum // smaller
-    new_run = not args.resume
-    helps = {f"--batch_size {smaller} --grad_accum {accum} (the same result)": args.batch_size > 1 and new_run}
-    helps |= {"--gradient_checkpointing": not args.gradient_checkpointing}
-    helps |= {"--precision bf16": args.precision == "fp32" and new_run}
-    advice = ", then ".join([*(options for options in helps if helps[options]), "a smaller --resolution"])
-    return f"take {advice}" + (" (in a new run)" if args.resume else "")
+    same = f"--batch_size {smaller} --grad_accum {args.batch_size * args.grad_accum // smaller} (the same result)"
+    helps = {same: args.batch_size > 1 and not args.resume, "--gradient_checkpointing": not args.gradient_checkpointing}
+    helps |= {"--precision bf16": args.precision == "fp32" and not args.resume, "a smaller --resolution": True}
+    return f"take {', then '.join(filter(helps.get, helps))}{' (in a new run)' if args.resume else ''}"
 
 
 def main(argv=None):

@@ -8,8 +8,9 @@ import sys
 import types
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test asks the network
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for tiny tensors more threads only wait for each other
+if not os.environ.get("SD_MODEL"):  # a real model may be downloaded, and takes all cores (test_real.py)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test asks the network
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for tiny tensors more threads only wait for each other
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np

@@ -68,7 +68,7 @@ def rates(calls, folder):
 
 
 def passes(calls, folder):
-    """Images of each pass through the UNet; the first two and the last two are those of the evaluation batch."""
+    """Images of each pass through the UNet; the first and the last are those of the evaluation batch."""
     return [len(args[1]) for args, _ in calls["inversion_loss"]]
 
 
@@ -82,7 +82,7 @@ def names(calls, folder):
 
 def unet(calls, folder):
     """Whether the UNet of the steps recomputes, and whether it is the compiled one."""
-    used = calls["inversion_loss"][2][0][0].unet
+    used = calls["inversion_loss"][1][0][0].unet
     return [used.is_gradient_checkpointing, used in calls["compile"]]
 
 
@@ -103,8 +103,8 @@ TRAIN = {
     "--seed 7": (arguments("step_generator", 0), [7]),
     "--num_vectors 2 --seed 7": (arguments("initial_rows", 3), [7]),
     "--steps 3": (arguments("step_generator", 1), [train.EVAL_SEED, 0, 1, 2]),
-    "--batch_size 3": (passes, [2, 2, 3, 3, 3, 3, 2, 2]),
-    "--grad_accum 2": (passes, [2, 2, *[2, 2] * 4, 2, 2]),
+    "--batch_size 5": (passes, [5, *[5] * 4, 5]),
+    "--grad_accum 2": (passes, [4, *[2, 2] * 4, 4]),
     "--lr 0.5": (rates, [0.25, 0.5, 0.5, 0.25]),
     "--lr_warmup_steps 0": (rates, [0.02, 0.017071, 0.01, 0.002929]),
     "--lr_scheduler linear": (rates, [0.01, 0.02, 0.02, 0.01]),

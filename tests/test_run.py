@@ -147,7 +147,7 @@ def test_resume_keeps_every_option(run):
         config = {"recipe": "notebook", "device": "cpu", "precision": "bf16", "lr": 0.125}
         config |= {"initializer_token": "a dog", "output_dir": str(run), "resume": "latest"}
         for action in train.build_parser()._actions[1:]:
-            number = 7 if action.type in (mu.zero_or_more, mu.one_or_more) else "-dashed words"
+            number = 7 if action.type in (int, mu.one_or_more) else "-dashed words"
             value = flag if action.nargs == 0 else number
             config.setdefault(action.dest, [*action.choices][-1] if action.choices else value)
         (run / "config.json").write_text(json.dumps(config))

@@ -14,7 +14,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 
 import model_utils as mu
-from sample import SAMPLERS, generate, guided, inference_timesteps
+from sample import SAMPLERS, denoiser, generate, inference_timesteps
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 STABLE_DIFFUSION |= {"clip_sample": False, "set_alpha_to_one": False}
@@ -218,29 +218,25 @@ def compare(both, sampler, steps, guidance, negative_prompt="", changes=(), **si
     assert_same_pixels(ours, expected)
 
 
-def test_guidance_is_one_call_of_the_unet_for_both_halves():
+@pytest.mark.parametrize("guidance, size", [(0.0, 2), (1.0, 2), (1.01, 4), (7.5, 4)])
+def test_guidance_is_one_call_of_the_unet_for_both_halves(monkeypatch, guidance, size):
+    """At a scale of one or less the prompts alone are used."""
     latents, calls, finished = start(2)[0], [], []
-    text, negative = torch.full((2, 5, 8), 0.3), torch.full((2, 5, 8), -0.2)
+    values = {"a toy": -0.2, **dict(zip(PROMPTS, (0.3, 0.5), strict=True))}
 
     def unet(x, t, encoder_hidden_states):
         calls.append(len(x))
         return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1))
 
     unet.dtype = torch.float32
-    for context, size, condition in ((torch.cat([negative, text]), 4, -0.2 + 7.5 * (0.3 - -0.2)), (text, 2, 0.3)):
-        found = guided(unet, context, 7.5, lambda: finished.append(1))(latents, 500)
-        assert_near(found, 0.1 * latents + condition, 1e-6)
-        assert calls.pop() == size and not calls and finished.pop() and not finished
-
-
-@pytest.mark.parametrize("guidance, is_guided", [(0.0, False), (1.0, False), (1.01, True)])
-def test_at_a_scale_of_one_or_less_the_prompt_alone_is_used(tiny, monkeypatch, guidance, is_guided):
-    contexts, guide = [], guided
-    monkeypatch.setattr(
-        "sample.guided", lambda unet, context, *rest: contexts.append(context) or guide(unet, context, *rest)
-    )
-    list(generate(tiny[0], PROMPTS, [1, 2], "a toy", 1, guidance))
-    assert len(contexts[0]) == (4 if is_guided else 2)
+    monkeypatch.setattr(mu, "tokenize", lambda _, prompts: torch.tensor([values[prompt] for prompt in prompts]))
+    monkeypatch.setattr(mu, "encode", lambda _, ids: ids.view(-1, 1, 1).expand(-1, 5, 8))
+    components = SimpleNamespace(unet=unet, device="cpu")
+    found = denoiser(components, PROMPTS, "a toy", guidance, lambda: finished.append(1))(latents, 500)
+    condition = torch.tensor([0.3, 0.5]).view(2, 1, 1, 1)
+    condition = -0.2 + guidance * (condition + 0.2) if size == 4 else condition
+    assert_near(found, 0.1 * latents + condition, 1e-6)
+    assert calls == [size] and finished == [1]
 
 
 @pytest.mark.parametrize("guidance, negative_prompt", [(0.0, ""), (1.0, "a toy"), (7.5, ""), (7.5, "a red toy")])
