@@ -43,12 +43,9 @@ def read_templates(path, components, token):
     In A1111's templates [name] is the token; [filewords], the words of a file's name, are left out.
     """
     text = re.sub(r",? *\[filewords\]", "", Path(path).read_text(encoding="utf-8-sig")).replace("[name]", "{}")
-    captions = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        token_ids = components.tokenizer(line, verbose=False).input_ids
-        has_token = "{}" in line or components.placeholders[token][0] in token_ids
-        captions.append(line if has_token else f"{{}}, {line}")
-    return captions
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    found = [components.placeholders[token][0] in components.tokenizer(line, verbose=False).input_ids for line in lines]
+    return [line if there or "{}" in line else f"{{}}, {line}" for line, there in zip(lines, found, strict=True)]
 
 
 # --- Reading images ---------------------------------------------------------------------------------------------------
@@ -150,10 +147,7 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(components, folder, resolution, token, learnable_property="object", templates_file=None):
-    """Read images and captions, encode both -> Dataset. UserError if no image can be read or a caption has no token.
-
-    The mirror images are encoded as well, as a VAE is not symmetric.
-    """
+    """Read images and captions, encode both -> Dataset. UserError if no image can be read or a caption has no token."""
     images, alpha, paths = load_images(folder, resolution)
     built_in = STYLE_TEMPLATES if learnable_property == "style" else OBJECT_TEMPLATES
     templates = read_templates(templates_file, components, token) if templates_file else built_in
@@ -165,7 +159,7 @@ def load_dataset(components, folder, resolution, token, learnable_property="obje
     for caption, ids in zip(captions, token_ids, strict=True):
         if components.placeholders[token][0] not in ids:  # it would learn nothing
             raise UserError(f"--placeholder_token: {token!r} is no separate word in the caption {caption!r}.")
-    pairs = torch.stack([images, images.flip(-1)], dim=1)  # [N, 2, 3, R, R]
+    pairs = torch.stack([images, images.flip(-1)], dim=1)  # [N, 2, 3, R, R]; both are encoded: a VAE is not symmetric
     mean, std = (x.unflatten(0, (-1, 2)) for x in mu.encode_images(components, pairs.flatten(0, 1)))  # [N, 2, 4, h, w]
     small = F.interpolate(alpha, mean.shape[-2:], mode="area")  # [N, 1, h, w]
     mask = torch.stack([small, small.flip(-1)], dim=1)

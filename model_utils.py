@@ -63,10 +63,7 @@ class NoiseSchedule(NamedTuple):
 
 
 def make_schedule(config):
-    """NoiseSchedule of a checkpoint's scheduler_config.json (a dict). ValueError if its noise is not written out here.
-
-    What the file leaves out has diffusers' default.
-    """
+    """The schedule of a scheduler_config.json (a dict), with diffusers' defaults. ValueError if it is unknown here."""
     kind, prediction_type = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     known = kind in ("linear", "scaled_linear") and prediction_type in ("epsilon", "v_prediction")
     if not known or config.get("trained_betas"):
@@ -250,7 +247,11 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     """
     path = find_embedding(source, option)
     try:
-        content = read_tensors(path)
+        with open(path, "rb") as file, torch.serialization.safe_globals([nn.ParameterDict]):  # the paper's container
+            if file.read(9)[8:] == b"{":  # safetensors: 8 bytes of length, then JSON, whatever its suffix
+                content = safetensors.torch.load_file(path)
+            else:  # weights_only: a pickle could otherwise run any program
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         raise UserError(f"{option} {path} is no embedding: damaged, or not only tensors; nothing was run.") from error
     tensors = dict(named_tensors(content))
@@ -303,16 +304,6 @@ def find_file(source, name, revision=None):
     return Path(huggingface_hub.hf_hub_download(source, name, revision=revision))
 
 
-def read_tensors(path):
-    """What an embedding file of any kind holds. weights_only: a pickle could otherwise run any program."""
-    with open(path, "rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"  # 8 bytes of length, then JSON, whatever its suffix
-    if is_safetensors:
-        return safetensors.torch.load_file(path)
-    with torch.serialization.safe_globals([nn.ParameterDict]):  # the container in the paper's files
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def named_tensors(content, name="*"):
     """Yield the name and value of each tensor of rows, however deep dicts are nested."""
     content = getattr(content, "_parameters", content)  # of a ParameterDict
@@ -349,27 +340,16 @@ class Components(NamedTuple):
     def resolution(self):  # height and width in pixels of the images that the model was trained on
         return self.unet.config.sample_size * self.pixels_per_latent
 
-    def to(self, device):
-        """Move all but the VAE to a torch.device."""
-        self.text_encoder.to(device)
-        # channels_last: the same numbers in another order, with which convolutions are faster
-        order = torch.preserve_format if device.type == "mps" else torch.channels_last
-        self.unet.to(device, memory_format=order)
-        alphas_cumprod = self.schedule.alphas_cumprod.to(device)
-        return self._replace(schedule=self.schedule._replace(alphas_cumprod=alphas_cumprod))
 
-
-def load_components(model, dtype=torch.float32, revision=None, variant=None):
-    """Components of a folder in diffusers' layout or a Hub id, on the CPU.
+def load_components(model, dtype=torch.float32, revision=None, variant=None, device="cpu"):
+    """Components of a folder in diffusers' layout or a Hub id, on the device, apart from the VAE.
 
     dtype: of UNet and text encoder. variant: 'fp16' reads the files named *.fp16.*. UserError if it is no Stable
     Diffusion 1 or 2, with the part and the reason.
     """
     if Path(model).is_file():
-        folder = Path(model).with_suffix("").as_posix()
-        convert = f"from_single_file('{Path(model).as_posix()}').save_pretrained('{folder}')"
-        command = f'python -c "import diffusers; diffusers.StableDiffusionPipeline.{convert}"'
-        raise UserError(f"--model {model} is one file; convert it, and name the folder that this makes: {command}")
+        convert = "diffusers.StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+        raise UserError(f"--model {model} is one file; make a folder of it with {convert}, and name that.")
     if not Path(model).is_dir() and not is_hub_id(model):
         raise UserError(f"--model {model}: no such folder, and no Hub id, which is 'owner/name'.")
     for library in (transformers, diffusers):
@@ -392,7 +372,11 @@ def load_components(model, dtype=torch.float32, revision=None, variant=None):
     if (text_width, in_channels) != (width, channels):  # SDXL, inpainting, parts of several models
         fault = f"its UNet takes {in_channels} channels and text of width {text_width}, not {channels} and {width}"
         raise UserError(f"--model {model} is no Stable Diffusion 1 or 2: {fault}; name another.")
-    return Components(tokenizer, text_encoder, vae, unet, schedule, {})
+    unet.to(device)
+    if unet.device.type != "mps":  # the same numbers in another order, with which convolutions are faster
+        unet.to(memory_format=torch.channels_last)
+    schedule = schedule._replace(alphas_cumprod=schedule.alphas_cumprod.to(device))
+    return Components(tokenizer, text_encoder.to(device), vae, unet, schedule, {})
 
 
 def load_part(part_class, model, part, dtype, revision, variant):
@@ -507,10 +491,7 @@ PRECISIONS = ("auto", "no", *DTYPES)
 
 
 def choose_precision(name, device):
-    """One of PRECISIONS -> 'fp32', 'fp16' or 'bf16', of the frozen weights (learned rows are always fp32).
-
-    'auto' is half precision on CUDA. UserError for fp16 on a CPU.
-    """
+    """One of PRECISIONS -> 'fp32', 'fp16' or 'bf16', of the frozen weights. UserError for fp16 on a CPU."""
     if name == "auto" and device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if name == "fp16" and device.type == "cpu":

@@ -10,9 +10,7 @@ import io
 import itertools
 import json
 import math
-import re
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -168,21 +166,15 @@ def sampling_settings(model, given):
 
 
 def image_grid(images, columns, captions=()):
-    """PIL images of one size -> one sheet, row by row. captions: the text above each row, or none at all."""
+    """PIL images of one size -> one sheet, row by row. captions: a line of text above each row, or none at all."""
     width, height = images[0].size
-    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    sheet_width = columns * (width + 2)
-    wrapped = [textwrap.wrap(caption, max(10, sheet_width // 6)) for caption in captions]  # a letter is 6 pixels wide
-    wrapped += [[]] * (len(rows) - len(wrapped))
-    sheet = Image.new("RGB", (sheet_width, sum(height + 2 + 14 * len(lines) for lines in wrapped)), "white")
-    y = 0
-    for row, lines in zip(rows, wrapped, strict=True):
-        for line in lines:
-            ImageDraw.Draw(sheet).text((2, y), line, fill="black")
-            y += 14
-        for column, image in enumerate(row):
-            sheet.paste(image, (column * (width + 2) + 1, y + 1))
-        y += height + 2
+    rows, top = math.ceil(len(images) / columns), 14 if captions else 0
+    sheet = Image.new("RGB", (columns * (width + 2), rows * (top + height + 2)), "white")
+    for row, caption in enumerate(captions):
+        ImageDraw.Draw(sheet).text((2, row * (top + height + 2)), caption, fill="black")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        sheet.paste(image, (column * (width + 2) + 1, row * (top + height + 2) + top + 1))
     return sheet
 
 
@@ -338,7 +330,7 @@ def load_run(args):
     device = mu.choose_device(args.device)
     dtype = mu.DTYPES[mu.choose_precision(args.precision, device)]
     files = [getattr(args, name) or config.get(name) for name in ("revision", "variant")]
-    components = mu.load_components(model, dtype, *files).to(device)
+    components = mu.load_components(model, dtype, *files, device)
     print(f"model      {model}")
     width, tokens = components.text_encoder.config.hidden_size, []
     for source, name in itertools.zip_longest(sources, args.token or []):
@@ -357,7 +349,7 @@ def run(args):
         if "initializer_token" not in config:
             raise UserError("--score compares with training images: name a run folder of train.py as --embedding.")
         settings |= {"num_images": args.num_images or 64, "seed": args.seed}
-        step = "".join(re.findall(r"-steps-\d+", args.embedding[0] if args.embedding else ""))
+        step = Path((args.embedding or [""])[0]).stem.partition("learned_embeds")[2]  # "-steps-100"
         path = next_free(folder, numbered(f"scores{step}", ".json"))
         print(f"scores     {path}")
         return score_run(components, path, config, **settings)
@@ -377,7 +369,7 @@ def run(args):
         save_png(image, path, {"prompt": each_prompt[i], "seed": seeds[i], **stored})
         images.append(image)
     if len(images) > 1:
-        grid = image_grid(images, count if len(prompts) > 1 else math.ceil(count**0.5), prompts)
+        grid = image_grid(images, count if len(prompts) > 1 else min(count, 4), prompts)
         path = next_free(out, numbered("grid", ".png"))
         save_png(grid, path, {"prompt": prompts, "seed": args.seed, **stored})
     print(f"images     {len(images)} in {out}")

@@ -31,7 +31,7 @@ import train  # noqa: E402
 
 def prepare(args, device):
     """A model with the new token <new>, its learned rows, the data set of the kat."""
-    components = mu.load_components(args.model, mu.DTYPES[args.precision]).to(device)
+    components = mu.load_components(args.model, mu.DTYPES[args.precision], device=device)
     learned_rows = mu.add_tokens(components, [("<new>", mu.initial_rows(components, "cat", 1, 0))], "--token")
     folder = Path(mu.DEFAULT_MODEL, "concepts", "kat")
     return components, learned_rows, data.load_dataset(components, folder, components.resolution, "<new>")

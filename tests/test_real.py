@@ -53,7 +53,7 @@ def arguments(out, *more):
 @pytest.mark.parametrize("precision", ["fp32", HALF])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_images_equal_the_pipeline(folder, sampler, precision):
-    parts = mu.load_components(MODEL, mu.DTYPES[precision]).to(DEVICE)
+    parts = mu.load_components(MODEL, mu.DTYPES[precision], device=DEVICE)
     (ours,) = sample.generate(parts, ["a photo of a cat"], [7], "", 3, 4.0, sampler, progress=False, **SIZE)
     scheduler = SCHEDULERS[sampler].from_pretrained(MODEL, subfolder="scheduler")
     loaded = parts.vae.to(DEVICE, parts.unet.dtype), parts.text_encoder, parts.tokenizer, parts.unet, scheduler

@@ -180,7 +180,7 @@ def test_samplers_without_noise_approach_the_exact_solution_at_their_order(sampl
 
 def load_both(model, folder):
     """A folder's components and diffusers' pipeline, both with <kat> of three vectors and <pup> of one."""
-    components = mu.load_components(model).to(torch.device("cpu"))
+    components = mu.load_components(model)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(model, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     table = components.text_encoder.get_input_embeddings().weight
