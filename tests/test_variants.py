@@ -186,7 +186,7 @@ def test_spsa_needs_no_gradient(edited, tiny_model, image_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, change", [("half_steps", {"steps": 88}), ("cubic_timesteps", {"timestep_sampling": "cubic"})]
+    "name, change", [("half_steps", {"steps": 88}), ("uniform_timesteps", {"timestep_sampling": "uniform"})]
 )
 def test_a_recipe_is_changed_in_one_number(name, change, edited):
     recipe = plain.RECIPES["fast"]
