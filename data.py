@@ -90,7 +90,7 @@ def read_image(path, resolution):
 def to_square(image, resolution):
     """Resize the center square of an image -> [resolution, resolution] in mode L, LA, RGB, RGBA or CMYK."""
     if image.mode[0] in "IF":
-        raise ValueError("grey of 16 or 32 bits: save it with 8")
+        raise ValueError("grey of 16 or 32 bits: save it with 8 bits")
     if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
         # before the resize: palette indices cannot be averaged
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -67,7 +67,9 @@ def make_schedule(config):
     kind, prediction_type = config.get("beta_schedule", "linear"), config.get("prediction_type", "epsilon")
     known = kind in ("linear", "scaled_linear") and prediction_type in ("epsilon", "v_prediction")
     if not known or config.get("trained_betas"):
-        raise ValueError(f"{kind!r} or trained betas, or predicting {prediction_type!r}, is not written out here")
+        raise ValueError(
+            f"beta_schedule {kind!r}, trained_betas or prediction_type {prediction_type!r} is unknown here"
+        )
     power = 0.5 if kind == "scaled_linear" else 1  # latent diffusion's own: linear in the square root
     start, end = config.get("beta_start", 1e-4) ** power, config.get("beta_end", 0.02) ** power
     betas = torch.linspace(start, end, config.get("num_train_timesteps", 1000)) ** (1 / power)
@@ -91,7 +93,7 @@ class LearnedEmbedding(nn.Module):
         super().__init__()
         self.register_buffer("weight", table.detach())  # [V, dim], frozen
         row_of_id = torch.full((max(len(table), max(token_ids) + 1),), -1)
-        row_of_id[list(token_ids)] = torch.arange(len(token_ids))
+        row_of_id[token_ids] = torch.arange(len(token_ids))
         self.register_buffer("row_of_id", row_of_id.to(table.device), persistent=False)
         self.learned_rows = nn.Parameter(init_rows.detach().to(table.device, torch.float32, copy=True))  # [n, dim]
 
@@ -155,8 +157,7 @@ def add_tokens(components, tokens, option):
         exists = len(pieces) == 1 or not tokenizer.get_vocab().keys().isdisjoint(names)
         if exists or token.split() != [token]:
             fault = "is already a token of the model" if exists else "is empty or has spaces"
-            choice = f", or {option} '{token}=<my-cat>' to choose it from a file" if option == "--token" else ""
-            raise UserError(f"{option} {token!r} {fault}; choose a name such as {option} '<my-cat>'{choice}.")
+            raise UserError(f"{option} {token!r} {fault}; choose a name such as {option} '<my-cat>'.")
         # normalized=False: found as it is written, before lower-casing. single_word: 'sks' is not found inside 'asks'
         settings = {"normalized": False, "single_word": bool(re.search(r"^\w|\w$", token))}
         tokenizer.add_tokens([transformers.AddedToken(name, **settings) for name in names])
@@ -203,7 +204,9 @@ def encode_images(components, images):
     A fresh sample, as the UNet takes it, is mean + std * noise. The VAE visits the device, which gets one at a time.
     """
     vae = components.vae.to(components.device)
-    bar = tqdm(images.split(1), desc="encoding images", delay=2, leave=False, disable=None)  # None: if no terminal
+    bar = tqdm(
+        images.split(1), desc="encoding images", delay=2, leave=False, disable=None
+    )  # None: hidden unless stderr is a terminal
     posteriors = [vae.encode(image.to(components.device)).latent_dist for image in bar]
     mean = torch.cat([posterior.mean for posterior in posteriors]).cpu()
     std = torch.cat([posterior.std for posterior in posteriors]).cpu()
@@ -258,13 +261,11 @@ def load_embedding(source, token=None, dim=None, option="--embedding"):
     for name in ("clip_l", "emb_params", "emp_params"):  # beside these stand SDXL's other half, or other data
         tensors = {"*": tensors[name]} if name in tensors else tensors
     chosen, _, new_name = (token or "").partition("=")
-    if token in tensors:
-        tensors = {token: tensors[token]}
-    elif chosen in tensors:
-        tensors, token = {chosen: tensors[chosen]}, new_name
+    if chosen in tensors:
+        tensors, token = {chosen: tensors[chosen]}, new_name or chosen
     if len(tensors) != 1:
         found = ", ".join(list(tensors)[:6]) or "no rows"
-        remedy = "--token 'NAME=<my-cat>' takes one" if option == "--embedding" else "name a file of one"
+        remedy = "--token 'NAME=<my-cat>' takes one of several" if option == "--embedding" else "name a file of one"
         raise UserError(f"{option} {path} is no embedding of one token; it holds {found}; {remedy}.")
     ((name, rows),) = tensors.items()
     if name == "*":
@@ -286,7 +287,7 @@ def find_embedding(source, option):
     why = "a Hub id is 'owner/name'"
     for name in names if is_hub_id(source) and not Path(source).exists() else ():
         try:
-            return find_file(source, name)
+            return Path(huggingface_hub.hf_hub_download(source, name))
         except Exception as error:  # no such repository, no network
             why = reason(error)
     raise UserError(f"{option} {source}: no such file, no learned_embeds.safetensors in it, not on the Hub ({why}).")
@@ -295,13 +296,6 @@ def find_embedding(source, option):
 def is_hub_id(source):
     """Whether a name that is no path here can be that of a Hub repository."""
     return source.count("/") == 1 and Path(source).suffix not in (*EMBEDDING_SUFFIXES, ".ckpt")
-
-
-def find_file(source, name, revision=None):
-    """Path of a file in a local folder, or of one of a Hub repository, which is downloaded."""
-    if Path(source).is_dir():
-        return Path(source, name)
-    return Path(huggingface_hub.hf_hub_download(source, name, revision=revision))
 
 
 def named_tensors(content, name="*"):
@@ -365,8 +359,8 @@ def load_components(model, dtype=torch.float32, revision=None, variant=None, dev
     vae = load_part(diffusers.AutoencoderKL, model, "vae", torch.float32, revision, variant)
     unet = load_part(diffusers.UNet2DConditionModel, model, "unet", dtype, revision, variant)
     with loading(model, "scheduler"):
-        path = find_file(model, "scheduler/scheduler_config.json", revision)
-        schedule = make_schedule(json.loads(path.read_text()))
+        path = transformers.utils.cached_file(model, "scheduler_config.json", subfolder="scheduler", revision=revision)
+        schedule = make_schedule(json.loads(Path(path).read_text()))
     width, channels = text_encoder.config.hidden_size, vae.config.latent_channels
     text_width, in_channels = unet.config.cross_attention_dim, unet.config.in_channels
     if (text_width, in_channels) != (width, channels):  # SDXL, inpainting, parts of several models
@@ -434,7 +428,9 @@ def one_sentence_errors(memory_advice=""):
     try:
         yield
     except Exception as error:
-        no_memory = isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error), re.IGNORECASE)
+        no_memory = isinstance(error, MemoryError) or re.search(
+            "(out of|allocate|enough) memory", str(error), re.IGNORECASE
+        )
         if not isinstance(error, UserError) and not no_memory:
             raise  # a defect keeps its traceback
         sentence = error if isinstance(error, UserError) else f"out of memory: {memory_advice}."

@@ -110,11 +110,9 @@ def denoiser(components, prompts, negative_prompt="", guidance=1.0, callback=lam
     of 1 or less the prompts alone are used, at half the cost. callback() is called after each call of the UNet.
     """
     unet = components.unet
-    distinct = list(dict.fromkeys([negative_prompt, *prompts]))  # each is encoded once
-    encoded = mu.encode(components, mu.tokenize(components, distinct).to(components.device))
-    embeddings = dict(zip(distinct, encoded, strict=True))  # {prompt: [L, dim]}
-    text = torch.stack([embeddings[prompt] for prompt in prompts])  # [B, L, dim]
-    context = torch.cat([embeddings[negative_prompt].expand_as(text), text]) if guidance > 1 else text
+    token_ids = mu.tokenize(components, [negative_prompt, *prompts]).to(components.device)  # [1 + B, L]
+    negative, text = mu.encode(components, token_ids).split([1, len(prompts)])  # [1, L, dim], [B, L, dim]
+    context = torch.cat([negative.expand_as(text), text]) if guidance > 1 else text  # [B or 2B, L, dim]
 
     def denoise(x, t):
         batch = torch.cat([x] * (len(context) // len(x)))  # [B or 2B, 4, h, w]: both halves in one call
@@ -144,6 +142,7 @@ def generate(
         raise UserError(f"--height {height}, --width {width}: this model needs multiples of {factor} pixels.")
     shape = (1, components.unet.config.in_channels, height // factor, width // factor)
     timesteps = inference_timesteps(components.schedule, steps, sampler)
+    mu.tokenize(components, prompts)  # one that is too long is refused before the first image
     batches = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
     with tqdm(total=len(batches) * steps, desc="generating", unit="step", disable=None if progress else True) as bar:
         for batch in batches:
@@ -184,7 +183,7 @@ def plot_curves(panels, path):
     sheet = Image.new("RGB", (width, height * len(panels)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (title, points) in enumerate(panels.items()):
-        xs, ys = np.array([point for point in points if math.isfinite(point[1])] or [(0, 0)]).T
+        xs, ys = np.array(points or [(0, 0)]).T
         label = f"{title}: {ys[0]:.4g} at step {xs[0]:g}, {ys[-1]:.4g} at step {xs[-1]:g} (lowest {ys.min():.4g})"
         pen.text((10, i * height + 6), label, fill="black")
         xs = 10 + (width - 20) * (xs - xs.min()) / (np.ptp(xs) or 1)
@@ -294,13 +293,13 @@ def build_parser():
     add = parser.add_argument
     # fmt: off
     add("--embedding", action="append", help="file, run folder or Hub id; repeatable (default: last run)")
-    add("--token", action="append", help="another name for the token of each --embedding, in their order")
+    add("--token", action="append", help="name of each --embedding's token; OLD=NEW takes one of several")
     add("--prompt", action="append", help="repeatable (default: a photo of each token)")
     add("--negative_prompt", help="what the images should not show")
     add("--num_images", type=mu.one_or_more, help="images per prompt (default: 4; with --score 64)")
-    add("--sampler", choices=SAMPLERS, help="(default: dpm++)")
+    add("--sampler", choices=SAMPLERS, help="(default: dpm++, or what the model advises)")
     add("--steps", "--num_inference_steps", type=mu.one_or_more, help="(default: 25, or what the model advises)")
-    add("--guidance", "--guidance_scale", type=float, help="of the prompt (default: 7.5, or what the model advises)")
+    add("--guidance", "--guidance_scale", type=float, help="scale (default: 7.5, or what the model advises)")
     add("--seed", type=int, default=0, help="of the first image; the next ones count up")
     add("--height", type=mu.one_or_more, help="in pixels (default: the model's own)")
     add("--width", type=mu.one_or_more, help="in pixels (default: the model's own)")
@@ -311,7 +310,7 @@ def build_parser():
     add("--variant", help="variant of the weight files, such as fp16 (default: the run's)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="device to generate on")
     add("--precision", "--mixed_precision", default="auto", choices=mu.PRECISIONS, help="precision of the UNet")
-    add("--score", action="store_true", help="compute the CLIP scores of a run's token: scores.json in its folder")
+    add("--score", action="store_true", help="compute the CLIP scores of a run's token: scores*.json in its folder")
     # fmt: on
     return parser
 
@@ -324,7 +323,7 @@ def load_run(args):
     first = Path(sources[0]) if sources else Path()
     folder = first if first.is_dir() else first.parent if first.is_file() else Path()  # a Hub id has none
     config = mu.read_json(folder / "config.json") if sources and first.exists() else {}
-    if args.model:  # whose files are not the run's
+    if args.model:  # the run's revision and variant belong to its own model
         config |= {"model": args.model, "revision": None, "variant": None}
     model = config.setdefault("model", mu.DEFAULT_MODEL)
     device = mu.choose_device(args.device)
@@ -361,7 +360,7 @@ def run(args):
     count, out = args.num_images or 4, Path(args.output_dir or folder / "samples")
     each_prompt = [prompt for prompt in prompts for _ in range(count)]
     seeds = range(args.seed, args.seed + len(each_prompt))
-    stored = {**settings, "model": config["model"], "embeddings": args.embedding or folder}
+    stored = {**settings, "model": config["model"], "embeddings": args.embedding or components.placeholders and folder}
     images = []
     for i, image in enumerate(generate(components, each_prompt, seeds, **settings)):
         out.mkdir(parents=True, exist_ok=True)

@@ -257,12 +257,6 @@ def test_a_second_token_that_an_edit_adds_is_saved_as_one(learn, monkeypatch):
     assert [len(x) for x in rows.values()] == [2, 2] and not torch.equal(*rows.values())
 
 
-def test_a_run_is_scored_at_the_end_where_the_model_has_a_clip(learn):
-    scores = json.loads((learn("--score", "--seed", "5", steps=1) / "scores.json").read_text())
-    assert list(scores["tokens"]) == ["cat", "<kat>"] and scores["seed"] == 5
-    assert not (learn("--no-score", steps=1, out="other") / "scores.json").exists()
-
-
 def test_processes_without_a_part_of_a_step_are_noted(learn, monkeypatch, capsys):
     monkeypatch.setattr(train, "join_processes", lambda device: (0, 3))
     monkeypatch.setattr(train, "dist", Mock())

@@ -222,7 +222,7 @@ def compare(both, sampler, steps, guidance, negative_prompt="", changes=(), **si
 def test_guidance_is_one_call_of_the_unet_for_both_halves(monkeypatch, guidance, size):
     """At a scale of one or less the prompts alone are used."""
     latents, calls, finished = start(2)[0], [], []
-    values = {"a toy": -0.2, **dict(zip(PROMPTS, (0.3, 0.5), strict=True))}
+    values = {"a toy": -0.2, PROMPTS[0]: 0.3, PROMPTS[1]: 0.5}
 
     def unet(x, t, encoder_hidden_states):
         calls.append(len(x))

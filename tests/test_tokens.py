@@ -177,7 +177,7 @@ def test_of_several_tokens_in_a_file_and_files_in_a_folder_one_is_chosen_by_its_
     tokens = [mu.load_embedding(path, token, 32) for token in ("<pup>", "<kat>")]
     assert torch.equal(mu.add_tokens(components, tokens, "--token"), torch.cat([THREE, ONE]))
     assert list(components.placeholders) == ["<pup>", "<kat>"]
-    for option, remedy in {"--embedding": "--token 'NAME=<my-cat>' takes one", "--initializer_token": "name a"}.items():
+    for option, remedy in {"--embedding": "--token 'NAME=<my-cat>' takes", "--initializer_token": "name a"}.items():
         for token in (None, "<finn>", "<finn>=<kat>"):
             with pytest.raises(UserError, match=rf"it holds <(kat>, <pup|pup>, <kat)>; {remedy}"):
                 mu.load_embedding(path, token, option=option)
@@ -189,13 +189,13 @@ def test_of_several_tokens_in_a_file_and_files_in_a_folder_one_is_chosen_by_its_
 
 
 def test_a_token_whose_name_exists_is_chosen_and_renamed_at_once(tmp_path, components):
-    """As in the paper's files, whose tokens are * and @. The sentence that refuses "*" says how."""
+    """As in the paper's files, whose tokens are * and @."""
     ids, rows = {"*": torch.tensor(265), "@": torch.tensor(31)}, nn.ParameterDict({"*": ONE, "@": THREE})
     path = write(tmp_path / "two.pt", {"string_to_token": ids, "string_to_param": rows})
     for name, expected in (("*", ONE), ("@", THREE)):
         found, read = mu.load_embedding(path, name, 32)
         assert found == name and torch.equal(read, expected)
-        with pytest.raises(UserError, match=re.escape(f"--token '{name}=<my-cat>'")):
+        with pytest.raises(UserError, match="is already a token"):
             mu.add_tokens(components, [(found, read)], "--token")
         found, read = mu.load_embedding(path, f"{name}=<kat>", 32)
         assert found == "<kat>" and torch.equal(read, expected)
