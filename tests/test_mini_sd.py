@@ -80,7 +80,7 @@ def test_the_baseline_has_ten_seeds_of_every_concept_and_learns_each():
     evaluate.add_gains(rows, rows)
     seeds = [None, *range(10)]
     assert {(row["concept"], row["seed"]) for row in rows} == {(c, s) for c in evaluate.CONCEPTS for s in seeds}
-    assert all(row["gain"] > 75 or row["seed"] is None for row in rows)
+    assert all(row["gain"] > 70 or row["seed"] is None for row in rows)
 
 
 def test_neither_a_card_nor_another_loss_changes_what_is_measured(monkeypatch):
