@@ -155,7 +155,7 @@ def test_the_recipes_are_written_down():
     notebook = {"steps": 2000, "batch_size": 4, "lr": 2e-3, "lr_scheduler": "constant", "lr_warmup_steps": 0}
     assert train.RECIPES["notebook"] == notebook | {"timestep_sampling": "uniform"}
     fast = {"steps": 175, "batch_size": 8, "lr": None, "lr_scheduler": "cosine", "lr_warmup_steps": 30}
-    assert train.RECIPES["fast"] == fast | {"timestep_sampling": "cubic"}
+    assert train.RECIPES["fast"] == fast | {"timestep_sampling": "mixed"}
 
 
 def learned_rows(calls, folder):

@@ -170,6 +170,15 @@ def test_timesteps_have_their_distribution_and_are_stratified(sampling, up_to):
     assert ((torch.bincount(singles, minlength=10) - expected).abs() < 5 * expected.sqrt()).all()
 
 
+def test_mixed_timesteps_are_uniform_and_cubic_in_turns():
+    draws = {
+        name: train.sample_timesteps(9, 1000, torch.Generator().manual_seed(3), name)
+        for name in ("uniform", "cubic", "mixed")
+    }
+    assert torch.equal(draws["mixed"][::2], draws["uniform"][::2])
+    assert torch.equal(draws["mixed"][1::2], draws["cubic"][1::2])
+
+
 def test_every_step_and_seed_has_its_own_randomness():
     seeds = {train.step_generator(seed, step).initial_seed() for seed in range(30) for step in range(100)}
     assert len(seeds) > 2990  # 3000 numbers out of 2**32: hardly ever two alike
@@ -213,7 +222,7 @@ def test_only_the_new_rows_change_in_a_run(learn, tiny_model, monkeypatch):
 @pytest.mark.published
 def test_the_numbers_of_a_reference_run(learn):
     """A silent change of the method shows here; an intended one is written down here."""
-    log = read_log(learn("--log_steps", "1", "--seed", "1"))
+    log = read_log(learn("--log_steps", "1", "--seed", "1", "--timestep_sampling", "cubic"))
     assert [row["loss"] for row in log[1:]] == pytest.approx([1.22473, 1.13838, 1.12348, 1.2602], rel=1e-4)
     assert log[-1]["embedding_norm"] == pytest.approx(0.22709, rel=1e-4)
 
