@@ -168,9 +168,8 @@ def train(args):
     intervals = (args.log_steps, args.save_steps, args.preview_steps)
     loss_sum = torch.zeros((), device=device)
     learned_rows.grad = torch.zeros_like(learned_rows)  # a tensor also in a process that has no part of a step
-    bar = tqdm(
-        total=args.steps, initial=first_step, unit="step", disable=rank > 0 or None
-    )  # None: hidden unless stderr is a terminal
+    # disable=None: hidden unless stderr is a terminal
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=rank > 0 or None)
     mu.peak_memory(device)  # forget what encoding the images took
     memory, seconds, start = "", 0.0, time.perf_counter()
     for step in range(first_step, args.steps):
@@ -388,10 +387,7 @@ def parse_options(argv=None):
         raise UserError("--images needs --initializer_token: the word for what they show, such as cat, to start from.")
     args.images = args.images or mu.full_path(Path(mu.DEFAULT_MODEL, "concepts", "kat"))
     if args.model == mu.DEFAULT_MODEL and not Path(args.images).is_relative_to(mu.DEFAULT_MODEL):
-        print(
-            "note: the bundled model was trained on rendered images, never on photographs; name a --model",
-            file=sys.stderr,
-        )
+        print("note: the bundled model has never seen a photograph: name a --model that has", file=sys.stderr)
     args.initializer_token = args.initializer_token or "cat"
     if mu.is_embedding_path(args.initializer_token):
         args.initializer_token = mu.full_path(args.initializer_token)
