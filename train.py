@@ -39,7 +39,7 @@ def inversion_loss(components, latents, noise, timesteps, token_ids, mask):
     error of DDPM (Ho et al. 2020, equation 14).
 
     Nothing here may be random: a draw would have no seed, and so break resuming and the evaluation loss. Noise and
-    captions are drawn in `data.draw_examples`; a limit on the rows stands in `train`, after `scaler.step`.
+    captions are drawn in `data.draw_examples`; a limit on the rows goes into `train`, after `scaler.step`.
     """
     unet, schedule = components.unet, components.schedule
     text_embeddings = mu.encode(components, token_ids)  # [B, L, dim], through which the gradient reaches the new token
@@ -99,7 +99,7 @@ def part_of(batch, index, count, device):
 
 @torch.no_grad()
 def measure(components, eval_batch, learned_rows, init_rows):
-    """Evaluation loss, norm and cosine of the current rows, for the log. The evaluation batch never changes."""
+    """Evaluation loss of the rows that components hold; norm and cosine of learned_rows, the same. For the log."""
     eval_loss = inversion_loss(components, *eval_batch).mean()
     norm, cosine = learned_rows.norm(dim=1).mean(), torch.cosine_similarity(learned_rows, init_rows).mean()
     return {"eval_loss": eval_loss.item(), "embedding_norm": norm.item(), "cosine_to_init": cosine.item()}
@@ -229,7 +229,7 @@ def train(args):
         settings = sample.sampling_settings(args.model, {"batch_size": 32})
         sample.score_run(components, folder / "scores.json", vars(args), num_images=24, seed=args.seed, **settings)
     if args.recipe == "fast" and log[-1]["eval_loss"] > 0.98 * log[0]["eval_loss"]:  # it falls by 2 to 20 % there
-        print("note: eval_loss has hardly fallen; if the images show it too, try another --seed", file=sys.stderr)
+        print("note: eval_loss has hardly fallen; if the images show it too, try more --steps or another --seed", file=sys.stderr)
     prompt = sample.EDITING_PROMPTS[args.learnable_property][-1].format(args.placeholder_token)
     print(f"embedding  {folder / 'learned_embeds.safetensors'}")
     print(f"speed      {seconds / (args.steps - first_step):.3f} s a step{memory}")
