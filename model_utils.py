@@ -204,9 +204,8 @@ def encode_images(components, images):
     A fresh sample, as the UNet takes it, is mean + std * noise. The VAE visits the device, which gets one at a time.
     """
     vae = components.vae.to(components.device)
-    bar = tqdm(
-        images.split(1), desc="encoding images", delay=2, leave=False, disable=None
-    )  # None: hidden unless stderr is a terminal
+    # disable=None: hidden unless stderr is a terminal
+    bar = tqdm(images.split(1), desc="encoding images", delay=2, leave=False, disable=None)
     posteriors = [vae.encode(image.to(components.device)).latent_dist for image in bar]
     mean = torch.cat([posterior.mean for posterior in posteriors]).cpu()
     std = torch.cat([posterior.std for posterior in posteriors]).cpu()

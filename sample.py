@@ -107,7 +107,8 @@ def denoiser(components, prompts, negative_prompt="", guidance=1.0, callback=lam
     """denoise(x, t) for the samplers: what the UNet predicts for prompts [B] at timestep t.
 
     With classifier-free guidance (Ho and Salimans 2022) of scale `guidance`, away from the negative prompt; at a scale
-    of 1 or less the prompts alone are used, at half the cost. callback() is called after each call of the UNet.
+    of 1 or less the prompts alone are used, at half the cost. They are encoded once, for all timesteps. callback() is
+    called after each call of the UNet.
     """
     unet = components.unet
     token_ids = mu.tokenize(components, [negative_prompt, *prompts]).to(components.device)  # [1 + B, L]
