@@ -229,7 +229,7 @@ def train(args):
         settings = sample.sampling_settings(args.model, {"batch_size": 32})
         sample.score_run(components, folder / "scores.json", vars(args), num_images=24, seed=args.seed, **settings)
     if args.recipe == "fast" and log[-1]["eval_loss"] > 0.98 * log[0]["eval_loss"]:  # it falls by 2 to 20 % there
-        print("note: eval_loss has hardly fallen; if the images show it too, try more --steps or another --seed", file=sys.stderr)
+        print("note: eval_loss has hardly fallen; if images show it too: more --steps, another --seed", file=sys.stderr)
     prompt = sample.EDITING_PROMPTS[args.learnable_property][-1].format(args.placeholder_token)
     print(f"embedding  {folder / 'learned_embeds.safetensors'}")
     print(f"speed      {seconds / (args.steps - first_step):.3f} s a step{memory}")
