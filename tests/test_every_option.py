@@ -109,6 +109,7 @@ TRAIN = {
     "--lr_warmup_steps 0": (rates, [0.02, 0.017071, 0.01, 0.002929]),
     "--lr_scheduler linear": (rates, [0.01, 0.02, 0.02, 0.01]),
     "--lr_scheduler constant": (rates, [0.02] * 4),
+    "--lr_scheduler constant_with_warmup": (rates, [0.01, 0.02, 0.02, 0.02]),
     "--scale_lr --grad_accum 2": (rates, [0.04, 0.08, 0.08, 0.04]),
     "--timestep_sampling uniform": (arguments("sample_timesteps", 3), ["uniform"]),
     "--gradient_checkpointing": (unet, [True, False]),
@@ -140,14 +141,6 @@ def test_every_option_of_training(option, learn, calls, tiny_model, image_folder
     assert received(calls, folder) == [
         places.get(value, value) if isinstance(value, str) else value for value in expected
     ]
-
-
-def test_no_option_of_training_is_forgotten():
-    tested = {word.replace("--no-", "--") for options in TRAIN for word in options.split() if word[:2] == "--"}
-    others = {"--help", "--recipe", "--output_dir", "--resume"}  # in test_options.py, test_run.py
-    assert {action.option_strings[-1 if action.dest == "help" else 0] for action in train.build_parser()._actions} == (
-        tested | others
-    )
 
 
 def test_the_recipes_are_written_down():
@@ -211,6 +204,12 @@ def test_every_option_of_sampling(option, run, calls, tiny_model):
     assert received(calls, run) == known
 
 
-def test_no_option_of_sampling_is_forgotten():
-    tested = {word for options in SAMPLE for word in options.split() if word[:2] == "--"}
-    assert {action.option_strings[0] for action in sample.build_parser()._actions[1:]} == tested
+OTHERS = {"--help", "--recipe", "--output_dir", "--resume"}  # in test_options.py, test_run.py
+
+
+@pytest.mark.parametrize("script, table, others", [(train, TRAIN, OTHERS), (sample, SAMPLE, {"--help"})])
+def test_no_option_is_forgotten(script, table, others):
+    tested = {word.replace("--no-", "--") for options in table for word in options.split() if word[:2] == "--"}
+    parser = script.build_parser()
+    assert {action.option_strings[-1 if action.dest == "help" else 0] for action in parser._actions} == tested | others
+    assert parser.format_help().startswith("usage: python")

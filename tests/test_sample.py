@@ -33,12 +33,9 @@ def noise_images(count, seed=0):
     return [Image.fromarray(image) for image in array]
 
 
-# --- Tokens, prompts, model and settings ------------------------------------------------------------------------------
-
-PHOTOS = [("object", "a photo of a <kat>"), ("style", "a painting in the style of <kat>")]
-
-
-@pytest.mark.parametrize("kind, prompt", PHOTOS)
+@pytest.mark.parametrize(
+    "kind, prompt", [("object", "a photo of a <kat>"), ("style", "a painting in the style of <kat>")]
+)
 def test_without_options_the_newest_run_is_sampled(run, kind, prompt):
     config = mu.read_json(run / "config.json") | {"learnable_property": kind}
     (run / "config.json").write_text(json.dumps(config))
@@ -72,7 +69,9 @@ def test_several_tokens_and_prompts_and_other_names_in_order(run, components, ca
     prompts = ["a <dug> and a <kat>", "a toy"]
     argv += ["--prompt", prompts[0], "--prompt", prompts[1], "--num_images", "2", "--seed", "5", "--steps", "3"]
     sample.main([*argv, "--sampler", "ddpm", "--guidance", "3", "--negative_prompt", "a dog", "--out", "out"])
-    assert capsys.readouterr().err.count("note: ") == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["note: 'a toy' holds no learned token (<kat>, <dug>)"]
+    assert "note" not in captured.out
     tokens = [("<kat>", mu.load_embedding(run)[1]), ("<dug>", mu.load_embedding(early)[1])]
     assert (tokens[0][1] - tokens[1][1]).abs().max() > 1e-3
     mu.add_tokens(components, tokens, "--token")
@@ -84,36 +83,20 @@ def test_several_tokens_and_prompts_and_other_names_in_order(run, components, ca
     assert Image.open("out/grid.png").tobytes() == sample.image_grid(expected, 2, prompts).tobytes()
 
 
-def test_a_prompt_without_the_token_is_noted_on_stderr(run, capsys):
-    argv = ["--steps", "1", "--num_images", "1"]
-    sample.main([*argv, "--prompt", "a cat"])
-    captured = capsys.readouterr()
-    assert captured.err.splitlines()[0] == "note: 'a cat' holds no learned token (<kat>)"
-    assert "note" not in captured.out
-    sample.main([*argv, "--prompt", "a cat", "--negative_prompt", "a <kat>"])
+def test_a_token_in_the_negative_prompt_needs_no_note(run, capsys):
+    sample.main(["--steps", "1", "--num_images", "1", "--prompt", "a cat", "--negative_prompt", "a <kat>"])
     assert "note" not in capsys.readouterr().err
 
 
-def test_the_model_alone_takes_the_advice_of_its_folder_unless_an_option_overrides_it(
-    model, components, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    index = mu.read_json(model / "model_index.json") | {"_sampling": {"guidance": 4.5, "steps": 3}}
+def test_settings_are_the_given_ones_else_what_the_models_folder_advises_else_the_usual(model):
+    usual = {"sampler": "dpm++", "steps": 25, "guidance": 7.5, "negative_prompt": "", "batch_size": 4}
+    assert sample.sampling_settings(model, {"height": None}) == usual
+    advice = {"guidance": 4.5, "steps": 3}
+    index = mu.read_json(model / "model_index.json") | {"_sampling": advice}
     (model / "model_index.json").write_text(json.dumps(index))
-    argv = ["--pretrained_model_name_or_path", str(model), "--prompt", "a cat", "--num_images", "1", "--width", "8"]
-    options = [[], ["--num_inference_steps", "2"], ["--guidance_scale", "0", "--height", "24"]]
-    settings = [(3, 4.5, 16), (2, 4.5, 16), (3, 0.0, 24)]
-    for i, (more, (steps, guidance, height)) in enumerate(zip(options, settings, strict=True)):
-        sample.main([*argv, *more])
-        image = Image.open(f"samples/{i:04d}.png")
-        assert (image.text["steps"], image.text["guidance"]) == (str(steps), str(guidance))
-        (expected,) = sample.generate(components, ["a cat"], [0], "", steps, guidance, height=height, width=8)
-        assert image.tobytes() == expected.tobytes() and image.size == (8, height)
-    assert pngs("samples") == ["0000.png", "0001.png", "0002.png"]  # a single image needs no grid
-    assert "note" not in capsys.readouterr().err
-
-
-# --- Grids, curves and PNG files --------------------------------------------------------------------------------------
+    assert sample.sampling_settings(model, {"steps": None}) == usual | advice
+    given = {"steps": 2, "guidance": 0.0, "height": 24, "width": 8}
+    assert sample.sampling_settings(model, {**given, "seed": 5}) == usual | given
 
 
 @pytest.mark.parametrize("captions", [[], ["one", "two, 夜 and more words than fit"]])
@@ -139,9 +122,6 @@ def test_each_panel_of_the_curves_shows_its_points(tmp_path):
         for x, y in points:
             rows = np.flatnonzero((band[:, x] == [65, 105, 225]).all(-1))  # royal blue
             assert len(rows) and np.abs(rows - y).max() <= 2  # the line is two pixels wide
-
-
-# --- Scores -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 24)])

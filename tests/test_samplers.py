@@ -1,11 +1,10 @@
-"""Noise schedules, samplers, guidance and images are those of diffusers, and the samplers solve their equation.
+"""Noise schedules, samplers, guidance and images are those of diffusers.
 
 Where no tolerance is stated, equal means the same numbers. Two correct programs round differently in fp32: the parts
 are compared to about its precision, images to one of 255 levels of a pixel.
 """
 
 import math
-from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -41,8 +40,6 @@ def assert_near(ours, theirs, tolerance=1e-4):
     assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
-# --- The noise schedule -----------------------------------------------------------------------------------------------
-
 NOISE_LEVELS = [{}, {"beta_schedule": "scaled_linear"}, STABLE_DIFFUSION, STABLE_DIFFUSION | ZERO_SNR]
 NOISE_LEVELS += [{"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.01, "num_train_timesteps": 500}]
 
@@ -58,22 +55,10 @@ def test_noise_levels_noise_and_targets_equal_diffusers(config, prediction_type)
     assert_near(schedule.add_noise(latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps), 1e-6)
     target = noise if prediction_type == "epsilon" else theirs.get_velocity(latents, noise, timesteps)
     assert_near(schedule.target(latents, noise, timesteps), target, 1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_latents_in_half_precision_get_the_noise_level_of_fp32(dtype):
-    schedule = mu.make_schedule(STABLE_DIFFUSION | {"prediction_type": "v_prediction"})
-    timesteps = torch.tensor([0, 1, 10, 500, 999])
-    zeros, ones = torch.zeros(5, 4, 2, 2, dtype=dtype), torch.ones(5, 4, 2, 2, dtype=dtype)
-    signal, sigma = (x.double().sqrt() for x in (schedule.alphas_cumprod, 1 - schedule.alphas_cumprod))
-    for found, level in (
-        (schedule.add_noise(zeros, ones, timesteps), sigma),
-        (schedule.add_noise(ones, zeros, timesteps), signal),
-        (schedule.target(ones, zeros, timesteps), -sigma),
-    ):
-        assert found.dtype == dtype
-        error = found.double() / level[timesteps].view(5, 1, 1, 1) - 1
-        assert error.abs().max() <= 1.001 * torch.finfo(dtype).eps / 2  # half a last digit, and the rounding of fp32
+    for dtype in (torch.float16, torch.bfloat16):  # the noise level is not rounded with them
+        half = latents.to(dtype), noise.to(dtype)
+        for function in (schedule.add_noise, schedule.target):
+            assert torch.equal(function(*half, timesteps), function(*(x.float() for x in half), timesteps).to(dtype))
 
 
 def test_a_schedule_keeps_what_the_checkpoint_says_and_what_it_leaves_out_has_diffusers_default():
@@ -89,9 +74,6 @@ def test_a_schedule_keeps_what_the_checkpoint_says_and_what_it_leaves_out_has_di
 def test_noise_that_is_not_written_out_is_refused(entry):
     with pytest.raises(ValueError, match=next(iter(entry.values()))):
         mu.make_schedule(STABLE_DIFFUSION | entry)
-
-
-# --- Timesteps and trajectories ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("total", [1000, 500])
@@ -122,13 +104,13 @@ def toy(x, t):
     return 0.6 * torch.sin(mixed + float(t) / 300) + 0.5 * x + 0.3 * math.cos(float(t) / 150) * image
 
 
-def trajectory(sampler, schedule, steps, denoise=toy):
+def trajectory(sampler, schedule, steps):
     """{t: the latents that the sampler hands to the denoiser}, with its result as -1."""
     (latents, generators), visited = start(), {}
 
     def watched(x, t):
         visited[t] = x
-        return denoise(x, t)
+        return toy(x, t)
 
     timesteps = inference_timesteps(schedule, steps, sampler)
     return visited | {-1: SAMPLERS[sampler](watched, latents, timesteps, schedule, generators)}
@@ -154,28 +136,6 @@ def test_trajectories_equal_diffusers_step_by_step(sampler, spacing, changes):
         assert list(ours) == list(theirs)
         for t in ours:
             assert_near(ours[t], theirs[t])
-
-
-@pytest.mark.parametrize("sampler, order, largest", [("ddim", 1, 0.02), ("dpm++", 2, 0.002)])
-def test_samplers_without_noise_approach_the_exact_solution_at_their_order(sampler, order, largest):
-    """Of pixels from N(0, 0.5^2) all is known: the best denoiser, and that the ODE stretches x with its deviation."""
-    schedule, errors = mu.make_schedule(STABLE_DIFFUSION | {"timestep_spacing": "trailing"}), []
-
-    def deviation(t):
-        return math.sqrt(schedule.alphas_cumprod[t].item() * (0.5**2 - 1) + 1)
-
-    def best_denoiser(x, t):
-        return x * math.sqrt(1 - schedule.alphas_cumprod[t].item()) / deviation(t) ** 2
-
-    for steps in (25, 100):
-        x = trajectory(sampler, schedule, steps, best_denoiser)
-        exact = x[999] * deviation(199) / deviation(999)  # four fifths of the way
-        errors.append((x[199] - exact).abs().max().item())
-    assert errors[1] < largest
-    assert errors[0] / errors[1] == pytest.approx(4**order, rel=0.3)  # four times the steps
-
-
-# --- Guidance and images ----------------------------------------------------------------------------------------------
 
 
 def load_both(model, folder):
@@ -219,38 +179,22 @@ def compare(both, sampler, steps, guidance, negative_prompt="", changes=(), **si
 
 
 @pytest.mark.parametrize("guidance, size", [(0.0, 2), (1.0, 2), (1.01, 4), (7.5, 4)])
-def test_guidance_is_one_call_of_the_unet_for_both_halves(monkeypatch, guidance, size):
+def test_guidance_is_one_call_of_the_unet_for_both_halves(tiny, guidance, size):
     """At a scale of one or less the prompts alone are used."""
-    latents, calls, finished = start(2)[0], [], []
-    values = {"a toy": -0.2, PROMPTS[0]: 0.3, PROMPTS[1]: 0.5}
-
-    def unet(x, t, encoder_hidden_states):
-        calls.append(len(x))
-        return SimpleNamespace(sample=0.1 * x + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1))
-
-    unet.dtype = torch.float32
-    monkeypatch.setattr(mu, "tokenize", lambda _, prompts: torch.tensor([values[prompt] for prompt in prompts]))
-    monkeypatch.setattr(mu, "encode", lambda _, ids: ids.view(-1, 1, 1).expand(-1, 5, 8))
-    components = SimpleNamespace(unet=unet, device="cpu")
-    found = denoiser(components, PROMPTS, "a toy", guidance, lambda: finished.append(1))(latents, 500)
-    condition = torch.tensor([0.3, 0.5]).view(2, 1, 1, 1)
-    condition = -0.2 + guidance * (condition + 0.2) if size == 4 else condition
-    assert_near(found, 0.1 * latents + condition, 1e-6)
+    calls, finished = [], []
+    hook = tiny[0].unet.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    denoiser(tiny[0], PROMPTS, "a toy", guidance, lambda: finished.append(1))(start(2)[0], 500)
+    hook.remove()
     assert calls == [size] and finished == [1]
 
 
 @pytest.mark.parametrize("guidance, negative_prompt", [(0.0, ""), (1.0, "a toy"), (7.5, ""), (7.5, "a red toy")])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_images_equal_diffusers(tiny, sampler, guidance, negative_prompt):
-    for steps in (1, 6):
-        compare(tiny, sampler, steps, guidance, negative_prompt)
-
-
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_images_equal_diffusers_with_v_prediction_and_each_spacing(tiny, sampler, spacing):
-    compare(tiny, sampler, 5, 5.0, changes={"prediction_type": "v_prediction", "timestep_spacing": spacing})
-    compare(tiny, sampler, 5, 5.0, changes={"timestep_spacing": spacing}, height=24, width=16)
+    compare(tiny, sampler, 1, guidance, negative_prompt)
+    compare(tiny, sampler, 6, guidance, negative_prompt, height=24, width=16)
+    changes = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    compare(tiny, sampler, 5, guidance, negative_prompt, changes)
 
 
 def test_images_of_the_bundled_model_equal_diffusers(tmp_path):
@@ -267,19 +211,9 @@ def test_an_image_does_not_depend_on_its_batch(tiny, sampler):
     assert together[3].tobytes() != together[4].tobytes()
     for size in (1, 2):  # matrices of another size may be summed in another order
         assert_same_pixels(generate(tiny[0], prompts, seeds, batch_size=size, **settings), together)
-    others = list(generate(tiny[0], ["a cat", *prompts], [1, *seeds], batch_size=5, **settings))
-    assert_same_pixels(others[1:], together)
 
 
-def test_latents_and_images_are_those_of_the_vae_and_pixels_those_of_diffusers(tiny):
-    components, vae, processor = tiny[0], tiny[1].vae, VaeImageProcessor()
+def test_pixels_are_those_of_diffusers():
     images = torch.rand(5, 3, 24, 16, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
-    ours, theirs = mu.to_pil(images), processor.postprocess(images)
+    ours, theirs = mu.to_pil(images), VaeImageProcessor().postprocess(images)
     assert [(image.size, image.tobytes()) for image in ours] == [((16, 24), image.tobytes()) for image in theirs]
-    mean, std = mu.encode_images(components, images)
-    with torch.no_grad():
-        posterior = vae.encode(images).latent_dist
-        decoded = vae.decode(posterior.mean).sample
-    assert_near(mean, 0.7 * posterior.mean)  # 0.7: the tiny model's scaling factor
-    assert_near(std, 0.7 * posterior.std)
-    assert_same_pixels(mu.decode_latents(components, mean), processor.postprocess(decoded))

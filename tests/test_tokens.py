@@ -20,9 +20,6 @@ import train
 from model_utils import UserError
 
 ONE, THREE = (torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in (1, 3))
-PROMPT_LENGTH = 32
-
-# --- Names and prompts ------------------------------------------------------------------------------------------------
 
 
 def test_a_name_that_is_no_new_token_is_refused_and_leaves_the_vocabulary_as_it_was(components):
@@ -30,17 +27,13 @@ def test_a_name_that_is_no_new_token_is_refused_and_leaves_the_vocabulary_as_it_
     known = ["cat", "CAT", "ca", "c", "*", "photo</w>", "<|endoftext|>"]
     for name in [*known, "", " ", "my cat", "<my\tcat>", "<cat>\n"]:
         fault = "is already a token" if name in known else "is empty or has spaces"
-        with pytest.raises(
-            UserError, match=f"^--some_option {re.escape(repr(name))} {fault}.*--some_option '<my-cat>'"
-        ):
-            mu.add_tokens(components, [(name, ONE)], "--some_option")
+        with pytest.raises(UserError, match=f"^--option {re.escape(repr(name))} {fault}.*--option '<my-cat>'"):
+            mu.add_tokens(components, [(name, ONE)], "--option")
         assert components.tokenizer.get_vocab() == before and components.placeholders == {}, name
-
-
-@pytest.mark.parametrize("taken", [[("<kat>", THREE), ("<kat>_2", ONE)], [("<kat>_2", ONE), ("<kat>", THREE)]])
-def test_a_name_is_taken_if_a_vector_of_another_token_has_it(components, taken):
-    with pytest.raises(UserError, match=f"^--token '{taken[1][0]}' is already a token"):
-        mu.add_tokens(components, taken, "--token")
+    mu.add_tokens(components, [("<kat>", THREE), ("<pup>_2", ONE)], "--token")
+    for name, rows in (("<kat>_2", ONE), ("<pup>", THREE)):  # so are the names of vectors, old and new
+        with pytest.raises(UserError, match=f"^--token '{name}' is already a token"):
+            mu.add_tokens(components, [(name, rows)], "--token")
 
 
 def test_a_token_is_found_wherever_it_stands_and_similar_ones_are_told_apart(components):
@@ -65,7 +58,7 @@ def test_a_token_is_found_wherever_it_stands_and_similar_ones_are_told_apart(com
 
 def test_token_ids_equal_the_tokenizers_own(components):
     prompts = ["", "a photo of a cat", "a photo, of  the RED cat!", "émigré 猫 \U0001f600", "cat " * 30, "cat " * 31]
-    options = {"padding": "max_length", "max_length": PROMPT_LENGTH, "truncation": True, "return_tensors": "pt"}
+    options = {"padding": "max_length", "max_length": 32, "truncation": True, "return_tensors": "pt"}
     assert torch.equal(mu.tokenize(components, prompts), components.tokenizer(prompts, **options).input_ids)
 
 
@@ -108,27 +101,10 @@ def test_an_initializer_is_words_an_embedding_file_or_a_runs_folder(components, 
 
 
 def test_an_initializer_of_several_pieces_is_noted(components, capsys):
-    for words, note in {
-        "red cat": "",
-        " Cat": "",
-        "dogcat": "do + g + cat",
-        "cat redtoy": "cat + re + d + toy",
-    }.items():
+    notes = {"red cat": "", " Cat": "", "dogcat": "do + g + cat", "cat redtoy": "cat + re + d + toy"}
+    for words, note in notes.items():
         assert mu.initial_rows(components, words, None, 0).isfinite().all()
         assert (f"'{words}' is {note} to the model" in capsys.readouterr().err) == bool(note), words
-
-
-def test_every_vector_of_every_token_is_looked_up_in_its_own_row(components):
-    table = components.text_encoder.get_input_embeddings().weight.clone()
-    learned_rows = mu.add_tokens(components, [("<kat>", THREE), ("<pup>", ONE)], "--token")
-    assert torch.equal(learned_rows, torch.cat([THREE, ONE]))
-    token_ids = mu.tokenize(components, ["a <pup> and <kat> cat"])
-    a, _, conjunction, *_, cat = token_ids[0, 1:8].tolist()
-    found = components.text_encoder.get_input_embeddings()(token_ids)[0, 1:8]
-    assert torch.equal(found, torch.cat([table[[a]], ONE, table[[conjunction]], THREE, table[[cat]]]))
-
-
-# --- Embedding files --------------------------------------------------------------------------------------------------
 
 
 def write(path, content):
@@ -171,36 +147,30 @@ def test_every_format_is_read(form, tmp_path):
     assert found == "<given>" and read.dtype == torch.float32 and torch.equal(read, rows.float())
 
 
-@pytest.mark.parametrize("name", ["two.safetensors", "two.bin"])
-def test_of_several_tokens_in_a_file_and_files_in_a_folder_one_is_chosen_by_its_name(name, tmp_path, components):
-    path = write(tmp_path / name, {"<kat>": ONE, "<pup>": THREE})
-    tokens = [mu.load_embedding(path, token, 32) for token in ("<pup>", "<kat>")]
-    assert torch.equal(mu.add_tokens(components, tokens, "--token"), torch.cat([THREE, ONE]))
-    assert list(components.placeholders) == ["<pup>", "<kat>"]
+IDS = {"<kat>": torch.tensor(265), "*": torch.tensor(31)}
+TWO = {"two.safetensors": {"<kat>": ONE, "*": THREE}, "two.bin": {"<kat>": ONE, "*": THREE}}
+TWO["two.pt"] = {"string_to_token": IDS, "string_to_param": nn.ParameterDict({"<kat>": ONE, "*": THREE})}  # the paper's
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_of_several_tokens_in_a_file_one_is_chosen_by_its_name_and_renamed(name, tmp_path):
+    path = write(tmp_path / name, TWO[name])
+    for chosen, found, rows in (("<kat>", "<kat>", ONE), ("*", "*", THREE), ("*=<pup>", "<pup>", THREE)):
+        token, read = mu.load_embedding(path, chosen, 32)
+        assert token == found and torch.equal(read, rows)
     for option, remedy in {"--embedding": "--token 'NAME=<my-cat>' takes", "--initializer_token": "name a"}.items():
         for token in (None, "<finn>", "<finn>=<kat>"):
-            with pytest.raises(UserError, match=rf"it holds <(kat>, <pup|pup>, <kat)>; {remedy}"):
+            with pytest.raises(UserError, match=rf"it holds (<kat>, \*|\*, <kat>); {remedy}"):
                 mu.load_embedding(path, token, option=option)
-    for found in ("learned_embeds.bin", "learned_embeds.safetensors"):  # each is preferred to the last
-        path.unlink(missing_ok=True)
-        rows = torch.randn(1, 8)
-        write(tmp_path / found, {"<kat>": rows})
-        assert torch.equal(mu.load_embedding(str(tmp_path))[1], rows)
-
-
-def test_a_token_whose_name_exists_is_chosen_and_renamed_at_once(tmp_path, components):
-    """As in the paper's files, whose tokens are * and @."""
-    ids, rows = {"*": torch.tensor(265), "@": torch.tensor(31)}, nn.ParameterDict({"*": ONE, "@": THREE})
-    path = write(tmp_path / "two.pt", {"string_to_token": ids, "string_to_param": rows})
-    for name, expected in (("*", ONE), ("@", THREE)):
-        found, read = mu.load_embedding(path, name, 32)
-        assert found == name and torch.equal(read, expected)
-        with pytest.raises(UserError, match="is already a token"):
-            mu.add_tokens(components, [(found, read)], "--token")
-        found, read = mu.load_embedding(path, f"{name}=<kat>", 32)
-        assert found == "<kat>" and torch.equal(read, expected)
     alone = write(tmp_path / "alone.safetensors", {"=w=": ONE})
     assert mu.load_embedding(alone)[0] == mu.load_embedding(alone, "=w=")[0] == "=w="
+
+
+def test_of_several_files_in_a_folder_safetensors_is_taken(tmp_path):
+    for name in ("learned_embeds.bin", "learned_embeds.safetensors"):
+        rows = torch.randn(1, 8)
+        write(tmp_path / name, {"<kat>": rows})
+        assert torch.equal(mu.load_embedding(str(tmp_path))[1], rows)
 
 
 def test_what_is_no_embedding_is_said_with_option_and_path(tmp_path):
@@ -249,9 +219,6 @@ def test_diffusers_loads_a_saved_file_and_encodes_the_same_prompts(tiny_model, c
     theirs, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
     ours = mu.encode(components, mu.tokenize(components, prompts))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # rounding of fp32
-
-
-# --- Files: strangers' and half-written -------------------------------------------------------------------------------
 
 
 class Hostile:
