@@ -131,6 +131,19 @@ def test_masked_pixels_do_not_count(components, batch):
     torch.testing.assert_close(loss(latents, mask), alone)  # the mean over what counts
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_gradients_point_the_same_way(tiny_model, batch, precision):
+    gradients = []
+    for dtype in (torch.float32, mu.DTYPES[precision]):
+        components = mu.load_components(tiny_model, dtype)
+        learned_rows = mu.add_tokens(components, two_tokens(components), "--token")
+        losses = train.inversion_loss(components, *batch, mu.tokenize(components, PROMPTS), torch.ones(4, 1, 8, 8))
+        assert losses.dtype == learned_rows.dtype == torch.float32
+        losses.mean().backward()
+        gradients.append(learned_rows.grad)
+    assert (torch.cosine_similarity(*gradients) > 0.99).all()
+
+
 def test_learned_rows_may_stand_inside_the_table_and_behind_it():
     """Some tables are longer than their vocabulary: the next free id has a row, which is not touched."""
     table, rows = torch.randn(10, 4), torch.randn(3, 4)

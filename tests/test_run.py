@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
@@ -60,6 +62,22 @@ def test_a_kill_between_the_files_of_a_save_costs_nothing(learn, monkeypatch):
             learn(*more, steps=6, out=f"killed{count}")
         resumed = contents(resume(f"killed{count}"))
         assert {**whole, "config.json": None} == {**resumed, "config.json": None}, count
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
+def test_a_killed_process_is_resumed_to_the_same_bytes(tiny_model, image_folder, tmp_path):
+    argv = [sys.executable, train.__file__, *options(tiny_model, image_folder, "--save_steps", "5", steps=150)]
+    subprocess.run([*argv, "--output_dir", str(tmp_path / "whole")], check=True, capture_output=True)
+    process = subprocess.Popen([*argv, "--output_dir", str(tmp_path / "killed")], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "state.pt").exists():
+        assert process.poll() is None  # it is at work
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and read_state(tmp_path / "killed")["step"] < 150
+    argv = [sys.executable, train.__file__, "--resume", str(tmp_path / "killed")]
+    subprocess.run(argv, check=True, capture_output=True)
+    for name in ("learned_embeds.safetensors", "log.jsonl", "state.pt"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_ctrl_c_says_how_to_go_on_once_there_is_a_run(
