@@ -154,7 +154,7 @@ def test_learned_rows_may_stand_inside_the_table_and_behind_it():
     assert mu.LearnedEmbedding(table.half(), [8], rows[:1])(torch.tensor([[8]])).dtype == torch.float16
 
 
-# --- What is random ----------------------------------------------------------------------------------------------
+# --- What is random ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampling, up_to", [("uniform", lambda x: x), ("cubic", lambda x: 1 - (1 - x) ** (1 / 3))])
