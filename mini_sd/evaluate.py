@@ -10,7 +10,7 @@ Each run is train.py's, one a core, on the CPU in fp32. Held-out gain: how far t
 the initializer's row, in percent of the baseline's. Images, timesteps and noise are the same for every row. The loss
 is written out here, around sample.py's denoiser: editing train.py's does not change it. CLIP-I, CLIP-T: see sample.py.
 
-The baseline (baseline.json) is the unchanged train.py with ten seeds. A difference is bold if it is larger than 3.5
+The baseline (baseline.json) is the unchanged train.py with ten seeds. A difference is bold if it is larger than three
 standard errors, which come from the differences between seeds and between held-out images.
 """
 
@@ -135,7 +135,7 @@ def report(name, rows, baseline):
     cells = []
     for measure, digits in {"gain": 1, "clip_i": 3, "clip_t": 3}.items():
         difference, error = compare(rows, [row for row in baseline if row["seed"] is not None], measure)
-        bold = "**" if abs(difference) > 3.5 * error else ""
+        bold = "**" if abs(difference) > 3 * error else ""
         cells.append(f"{bold}{difference:+.{digits}f}{bold} ± {error:.{digits}f}")
     print(f"| {name} | {' | '.join(cells)} | {np.mean([row['seconds'] for row in rows]):.1f} |", flush=True)
 
