@@ -34,7 +34,7 @@ RUNS = {}  # precision and options: evaluation losses, seconds of a step, GB of 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):  # of all runs
     name = torch.cuda.get_device_name() if ON_CUDA else f"{DEVICE.type}, {torch.get_num_threads()} threads"
-    print(f"\n{MODEL} on {name}: ten minutes on a GPU; on two CPU cores a minute (mini_sd) or an hour")
+    print(f"\n{MODEL} on {name}: about ten minutes (on a CPU for a small part of it)")
     SIZE["height"] = SIZE["width"] = min(LARGEST, mu.load_components(MODEL).resolution)
     yield (folder := tmp_path_factory.mktemp("real"))
     print(f"\n\n{MODEL}, {BATCH_SIZE} x {SIZE['height']} pixels, {name}, torch {torch.__version__}\n")
