@@ -260,7 +260,7 @@ def restore(folder, learned_rows, optimizer, scaler):
     if not (folder / "state.pt").exists():  # the run ended before its first save
         return 0, []
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    learned_rows.data.copy_(state["rows"])
+    learned_rows.data.copy_(state["rows"].view_as(learned_rows))  # not broadcast
     # A pickle holds equal strings once if they are one object: interned, the next checkpoint has the same bytes
     moments = state["optimizer"]["state"].items()
     interned = {i: {sys.intern(key): value for key, value in x.items()} for i, x in moments}
