@@ -179,8 +179,8 @@ def kat(components):
 
 
 def test_captions_are_those_beside_an_image_else_the_templates(kat, tmp_path):
-    for name, colour in zip("abcd", COLOURS, strict=True):
-        saved(tmp_path / f"{name}.png", Image.new("RGB", (16, 16), colour))
+    for name, colour in zip(("a.png", "b.webp", "c.png", "d.png"), COLOURS, strict=True):
+        saved(tmp_path / name, Image.new("RGB", (16, 16), colour), **LOSSLESS)
     texts = {"a": "\ufeffa {} toy\r\n\n  two <kat>s  \nred cat\n", "b": "the {}", "c": " \n"}
     texts[".own"] = "a photo of a [name], [filewords]\n[filewords]\ncat"  # as A1111's
     for name, text in texts.items():
@@ -192,7 +192,7 @@ def test_captions_are_those_beside_an_image_else_the_templates(kat, tmp_path):
     assert torch.equal(dataset.token_ids, torch.stack([mu.tokenize(kat, captions) for captions in own]))
     (tmp_path / "b.txt").write_text("a photo of {}s")
     with pytest.raises(UserError, match="^--placeholder_token: 'sks' is no .* word in the caption 'a photo of skss'"):
-        data.load_dataset(kat, tmp_path / "b.png", 16, "sks")
+        data.load_dataset(kat, tmp_path / "b.webp", 16, "sks")
 
 
 @pytest.mark.parametrize(("kind", "count"), [("object", 27), ("style", 19)])

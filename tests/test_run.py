@@ -189,6 +189,8 @@ def test_a_run_ends_by_naming_its_files_its_speed_and_a_command_that_works(learn
     assert curves.size == (480, 5 * 160) and len(curves.convert("RGB").getcolors(10_000)) > 2
     command = printed.split("try next   python sample.py ")[1].strip()
     assert command == '--embedding "a run" --prompt "a photo of a <kat> on the moon"'
+    learn("--learnable_property", "style", out="style")
+    assert '--prompt "a picture of two cats in the style of <kat>"' in capsys.readouterr().out
 
 
 def test_runs_never_overwrite_each_other(learn, refused, tiny_model, image_folder):
