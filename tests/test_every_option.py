@@ -100,6 +100,7 @@ TRAIN = {
     "--templates TEXT": (arguments("load_dataset", 5), ["TEXT"]),
     "--initializer_token dog": (arguments("initial_rows", 1), ["dog"]),
     "--num_vectors 3": (rows, [3, 32]),
+    "--initializer_token cat": (lambda calls, folder: [mu.read_json(folder / "config.json")["num_vectors"]], [1]),
     "--seed 7": (arguments("step_generator", 0), [7]),
     "--num_vectors 2 --seed 7": (arguments("initial_rows", 3), [7]),
     "--steps 3": (arguments("step_generator", 1), [train.EVAL_SEED, 0, 1, 2]),

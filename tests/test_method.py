@@ -296,6 +296,9 @@ def test_each_row_of_the_log_describes_the_run_at_its_step(learn, components, ca
     log = read_log(folder)
     assert [row["step"] for row in log] == [0, 2, 4, 6, 8, 10, 11]
     rows, init_rows = read_rows(folder), mu.initial_rows(components, "cat", 1, 0)
+    each = [row["loss"] for row in read_log(learn("--log_steps", "1", "--lr", "1e-2", steps=11, out="each"))[1:]]
+    means = [sum(each[i : i + 2]) / len(each[i : i + 2]) for i in range(0, 11, 2)]
+    assert [row["loss"] for row in log[1:]] == pytest.approx(means)
     assert log[-1]["embedding_norm"] == pytest.approx(rows.norm().item(), rel=1e-5)
     cosine = torch.cosine_similarity(rows, init_rows).item()
     assert log[-1]["cosine_to_init"] == pytest.approx(cosine, abs=1e-5) and cosine < 0.999
@@ -303,7 +306,7 @@ def test_each_row_of_the_log_describes_the_run_at_its_step(learn, components, ca
     assert [row["lr"] for row in log[1:]] == [train.learning_rate(row["step"] - 1, args) for row in log[1:]]
     start = {"step": 0, "eval_loss": log[0]["eval_loss"], "embedding_norm": init_rows.norm().item()}
     assert log[0] == pytest.approx(start | {"cosine_to_init": 1}, rel=1e-5)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step 2/")]
     assert lines[0].startswith(f"step 2/11: loss {log[1]['loss']:.4f}, eval_loss {log[1]['eval_loss']:.4f}")
     # Between rows the loss of the steps changes by chance, that of the evaluation batch by what is learned
     pairs = [*itertools.pairwise(log[1:])]
