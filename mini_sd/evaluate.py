@@ -9,16 +9,13 @@ Each run is train.py's, one a core, on the CPU in fp32. Held-out gain: how far t
 (Gal et al. 2022, equation 2, at uniform timesteps) on 32 images of the concept that were not trained on, below that of
 the initializer's row, in percent of the baseline's. Images, timesteps and noise are the same for every row. The loss
 is written out here, around sample.py's denoiser: editing train.py's does not change it. CLIP-I, CLIP-T: see sample.py.
-
-The baseline (baseline.json) is the unchanged train.py with ten seeds. A difference is bold if it is larger than three
-standard errors, which come from the differences between seeds and between held-out images.
+The baseline (baseline.json) is the unchanged train.py with ten seeds. Bold: more than three standard errors.
 """
 
 import argparse
 import contextlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -80,23 +77,23 @@ def measure(concept, seed, options=()):
     settings = sample.sampling_settings(FOLDER, {"batch_size": 32}) | {"num_images": 32, "seed": seed or 0}
     clip = sample.load_clip(FOLDER, components.device)
     scores = sample.score_tokens(components, clip, training_images, [token], learnable_property, **settings)[token]
-    found = {"concept": concept, "seed": seed, "seconds": round(seconds, 1)}
-    found |= {name: round(scores[name]["mean"], 4) for name in ("clip_i", "clip_t")}
-    return found | {"losses": [round(loss, 6) for loss in held_out_losses(train, components, concept, token)]}
+    found = {name: round(scores[name]["mean"], 4) for name in ("clip_i", "clip_t")}
+    losses = [round(loss, 6) for loss in held_out_losses(train, components, concept, token)]
+    return {"concept": concept, "seed": seed, "seconds": round(seconds, 1), **found, "losses": losses}
 
 
 def measure_all(runs, options, variant):
-    """The results of `measure` for pairs of concept and seed, one a core, with the scripts or those of a variant."""
+    """The results of `measure` for pairs of concept and seed, one a core, with the scripts or a variant of them."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         for name in ("train.py", "sample.py", "data.py", "model_utils.py"):
             shutil.copy(FOLDER.parent / name, folder)
-        if variant != "difference":
+        if variant:
             subprocess.run(["git", "apply", FOLDER / "variants" / f"{variant}.diff"], cwd=folder, check=True)
         sys.path[0] = folder  # the processes import from there
         with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             futures = [pool.submit(measure, *run, options) for run in runs]
-            return [future.result() for future in tqdm(futures, desc=variant, unit="run")]
+            return [future.result() for future in tqdm(futures, desc=variant or "train.py", unit="run")]
 
 
 def add_gains(rows, baseline):
@@ -120,7 +117,7 @@ def compare(ours, theirs, name):
         if name == "gain":  # paired, since the images are the same
             ours_of, theirs_of = (np.mean([row["gains"] for row in group], axis=0) for group in groups)
             variance += (ours_of - theirs_of).var(ddof=1) / len(ours_of)
-    return np.mean(differences), math.sqrt(variance) / len(differences)
+    return np.mean(differences), np.sqrt(variance) / len(differences)
 
 
 def report(name, rows, baseline):
@@ -128,13 +125,11 @@ def report(name, rows, baseline):
     for concept in dict.fromkeys(row["concept"] for row in rows):
         start = next(row for row in baseline if row["concept"] == concept)
         gains, *clip = ([r[key] for r in rows if r["concept"] == concept] for key in ("gain", "clip_i", "clip_t"))
-        moves = [f"{start[key]:.2f} → {np.mean(of):.2f}" for key, of in zip(("clip_i", "clip_t"), clip, strict=True)]
-        print(
-            f"| `<{concept}>` | {np.mean(gains):.0f} ({min(gains):.0f} to {max(gains):.0f}) | {' | '.join(moves)} | |"
-        )
+        moves = [f"{start[key]:.2f} → {np.mean(of):.2f} |" for key, of in zip(("clip_i", "clip_t"), clip, strict=True)]
+        print(f"| `<{concept}>` | {np.mean(gains):.0f} ({min(gains):.0f} to {max(gains):.0f}) |", *moves, "|")
     cells = []
-    for measure, digits in {"gain": 1, "clip_i": 3, "clip_t": 3}.items():
-        difference, error = compare(rows, [row for row in baseline if row["seed"] is not None], measure)
+    for key, digits in {"gain": 1, "clip_i": 3, "clip_t": 3}.items():
+        difference, error = compare(rows, [row for row in baseline if row["seed"] is not None], key)
         bold = "**" if abs(difference) > 3 * error else ""
         cells.append(f"{bold}{difference:+.{digits}f}{bold} ± {error:.{digits}f}")
     print(f"| {name} | {' | '.join(cells)} | {np.mean([row['seconds'] for row in rows]):.1f} |", flush=True)
@@ -145,14 +140,14 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the first four concepts with one seed")
     parser.add_argument("--concepts", nargs="+", choices=CONCEPTS, default=list(CONCEPTS), help="(default: all six)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--variant", nargs="+", default=["difference"], help="names in variants/")
+    parser.add_argument("--variant", nargs="+", default=[None], help="names in variants/")
     parser.add_argument("--save_baseline", action="store_true", help="these runs become the baseline")
     parser.add_argument("options", nargs="*", help="of train.py, after --")
     args = parser.parse_args()
     concepts, seeds = (args.concepts[:4], args.seeds[:1]) if args.quick else (args.concepts, args.seeds)
     runs = [(concept, seed) for seed in seeds for concept in concepts]
     if args.save_baseline:
-        rows = measure_all([*((concept, None) for concept in concepts), *runs], args.options, "difference")
+        rows = measure_all([*((concept, None) for concept in concepts), *runs], args.options, None)
         BASELINE.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     baseline = json.loads(BASELINE.read_text())
     add_gains(baseline, baseline)
@@ -160,7 +155,7 @@ def main():
     for variant in args.variant:
         rows = baseline[len(concepts) :] if args.save_baseline else measure_all(runs, args.options, variant)
         add_gains(rows, baseline)
-        report(variant, rows, baseline)
+        report(variant or "difference", rows, baseline)
 
 
 if __name__ == "__main__":
